@@ -1,0 +1,168 @@
+//! The accelerator's traits.
+
+use crate::{CpuSignals, CpuState, Cpuid, Doorbells, Exit, Irqs, LocalApic, Result};
+use memory::Region;
+use std::sync::Arc;
+
+/// An accelerator: something that can run virtual machines on this host.
+pub trait Accel: Send + Sync {
+    /// Short name: `kvm` or `soft`.
+    fn name(&self) -> &'static str;
+    /// The CPUID of a vCPU with every feature that this accelerator can give a guest on this host (KVM's
+    /// "supported CPUID"; the software CPU's own). Topology and APIC IDs are not filled in.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    fn supported_cpuid(&self) -> Result<Cpuid>;
+    /// Most vCPUs a VM may have.
+    fn max_vcpus(&self) -> u32;
+    /// A new VM without memory or vCPUs.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    fn create_vm(&self) -> Result<Arc<dyn Vm>>;
+}
+
+/// Memory to show the guest.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// First guest physical address (page-aligned). It may differ from `region.start` for an alias.
+    pub gpa: u64,
+    /// Length in bytes (page-aligned).
+    pub len: u64,
+    /// The memory.
+    pub region: Region,
+    /// Where the slot starts in the region, in bytes (page-aligned).
+    pub offset: u64,
+    /// Guest writes go to [`CpuIo::mmio_write`] instead (ROM, flash).
+    pub readonly: bool,
+}
+
+/// Names a slot of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SlotId(pub u32);
+
+/// A virtual machine: memory, interrupt controllers where the accelerator has them, vCPUs.
+pub trait Vm: Send + Sync {
+    /// Creates vCPU `config.index`. Each index once.
+    ///
+    /// # Errors
+    /// The host's refusal, or a configuration the accelerator cannot serve.
+    fn vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>>;
+    /// Shows memory to the guest. Slots must not overlap.
+    ///
+    /// # Errors
+    /// Overlap, misalignment, or the host's refusal.
+    fn map(&self, slot: Slot) -> Result<SlotId>;
+    /// Takes memory away from the guest. On return no vCPU accesses it any more.
+    ///
+    /// # Errors
+    /// No such slot.
+    fn unmap(&self, slot: SlotId) -> Result<()>;
+    /// Calls `page` with each page index of the slot written by *vCPUs* since the log was turned on or last taken.
+    /// For the software CPU they are in the region's [`memory::PageTracker`] already, and nothing is called.
+    ///
+    /// # Errors
+    /// No such slot, or the log is off.
+    fn take_dirty(&self, slot: SlotId, page: &mut dyn FnMut(u64)) -> Result<()>;
+    /// Turns the dirty log of a slot on or off.
+    ///
+    /// # Errors
+    /// No such slot, or the host's refusal.
+    fn set_dirty_log(&self, slot: SlotId, on: bool) -> Result<()>;
+    /// The accelerator's own interrupt controllers (PIC, IOAPIC, local APICs, PIT), if it has them. Otherwise the
+    /// machine provides devices for them and gives each vCPU a [`LocalApic`].
+    fn irqs(&self) -> Option<Arc<dyn Irqs>>;
+    /// Kernel shortcuts, where there are any.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
+    /// State of the accelerator's interrupt controllers and clock (opaque, serialised), for saving a VM.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    fn save(&self) -> Result<Vec<u8>>;
+    /// Restores [`Self::save`].
+    ///
+    /// # Errors
+    /// A state of another accelerator or version, or the host's refusal.
+    fn load(&self, state: &[u8]) -> Result<()>;
+    /// Exit and execution counters by name, summed over the vCPUs, for `--stats`.
+    fn stats(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+}
+
+/// What a vCPU is made with.
+#[derive(Clone)]
+pub struct VcpuConfig {
+    /// Number of the vCPU, 0 first (the bootstrap processor).
+    pub index: u32,
+    /// Initial APIC ID (x2APIC width).
+    pub apic_id: u32,
+    /// CPUID as the guest is to see it; topology and APIC IDs filled in.
+    pub cpuid: Cpuid,
+    /// Mailbox of the vCPU (software CPU).
+    pub signals: Arc<CpuSignals>,
+    /// Local APIC; required where [`Vm::irqs`] is `None`.
+    pub apic: Option<Arc<dyn LocalApic>>,
+}
+
+/// A vCPU. Created on any thread; `run` is called by one thread, the vCPU's own.
+///
+/// After creation the state is that of a processor after RESET: the bootstrap processor starts at the reset vector,
+/// the others wait for INIT and SIPI.
+pub trait Vcpu: Send {
+    /// Runs the guest until there is a reason to stop. HLT and waiting for SIPI sleep inside.
+    ///
+    /// # Errors
+    /// The host failed; the VM cannot go on.
+    fn run(&mut self, io: &dyn CpuIo) -> Result<Exit>;
+    /// Architectural state, at an instruction boundary. Only while `run` is not active.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    fn save(&mut self) -> Result<CpuState>;
+    /// Loads an architectural state. Only while `run` is not active.
+    ///
+    /// # Errors
+    /// A state that this accelerator or host cannot take; the vCPU is then unusable until a good load.
+    fn load(&mut self, state: &CpuState) -> Result<()>;
+    /// A handle with which any thread makes [`Self::run`] return soon (now, or at its next call).
+    fn kicker(&self) -> Kicker;
+}
+
+/// Makes a vCPU leave [`Vcpu::run`].
+#[derive(Clone)]
+pub struct Kicker(Arc<dyn Fn() + Send + Sync>);
+
+impl Kicker {
+    /// A kicker that calls `f`.
+    pub fn new(f: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(f))
+    }
+
+    /// Kicks.
+    pub fn kick(&self) {
+        (self.0)();
+    }
+}
+
+impl std::fmt::Debug for Kicker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Kicker")
+    }
+}
+
+/// The world outside the CPU: ports and memory-mapped registers. Accesses are 1, 2, 4 or 8 bytes (ports: at most
+/// 4). There is no failure: what nobody answers reads as ones and ignores writes, as a PC does.
+pub trait CpuIo: Send + Sync {
+    /// IN.
+    fn port_in(&self, port: u16, data: &mut [u8]);
+    /// OUT.
+    fn port_out(&self, port: u16, data: &[u8]);
+    /// A read of a guest physical address that is not RAM.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    /// A write to a guest physical address that is not RAM, or is read-only.
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+}

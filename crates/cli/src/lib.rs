@@ -1,0 +1,99 @@
+//! Kvasir's command line.
+
+mod chardev;
+mod doctor;
+mod run;
+mod terminal;
+
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Exit statuses, the same for every subcommand.
+pub mod status {
+    /// The host failed.
+    pub const HOST: u8 = 1;
+    /// Bad usage: arguments, files they name, or a host that lacks what they need.
+    pub const USAGE: u8 = 2;
+    /// The guest reset itself, and resets end the run (`--no-reboot`).
+    pub const GUEST_RESET: u8 = 3;
+    /// The guest panicked.
+    pub const GUEST_PANIC: u8 = 4;
+    /// The accelerator could not go on with the guest.
+    pub const BROKEN: u8 = 5;
+}
+
+#[derive(Parser)]
+#[command(name = "kvasir", version, about = "Virtual machines on KVM, and on a software CPU where there is none")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a virtual machine in this terminal
+    Run(run::Args),
+    /// Say what this host has and lacks for virtualization
+    Doctor(doctor::Args),
+}
+
+/// Runs the command line and returns the exit status.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    init_logs();
+    let result = match Cli::parse_from(args).command {
+        Command::Run(args) => run::main(args),
+        Command::Doctor(args) => doctor::main(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("kvasir: {}", failure.message);
+            ExitCode::from(failure.status)
+        }
+    }
+}
+
+/// A message for the user and the exit status that goes with it.
+pub(crate) struct Failure {
+    pub(crate) status: u8,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn usage(message: impl ToString) -> Self {
+        Self { status: status::USAGE, message: message.to_string() }
+    }
+}
+
+impl From<machine::Error> for Failure {
+    fn from(e: machine::Error) -> Self {
+        let status = if e.is_usage() { status::USAGE } else { status::HOST };
+        Self { status, message: e.to_string() }
+    }
+}
+
+impl From<base::props::PropError> for Failure {
+    fn from(e: base::props::PropError) -> Self {
+        Self::usage(e)
+    }
+}
+
+/// Logs go to standard error; `KVASIR_LOG` sets the filter (`debug`, `warn,bus=trace`, ...).
+fn init_logs() {
+    use tracing_subscriber::filter::{LevelFilter, Targets};
+    use tracing_subscriber::prelude::*;
+    let default = Targets::new().with_default(LevelFilter::WARN);
+    let (filter, bad) = match std::env::var("KVASIR_LOG") {
+        Ok(text) => match text.parse::<Targets>() {
+            Ok(filter) => (filter, None),
+            Err(e) => (default, Some(format!("KVASIR_LOG={text}: {e}; use for example 'debug' or 'warn,bus=trace'"))),
+        },
+        Err(_) => (default, None),
+    };
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time();
+    tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+    if let Some(text) = bad {
+        tracing::warn!("{text}");
+    }
+}

@@ -1,0 +1,178 @@
+//! Arguments of `kvasir run`, and the blueprint they describe.
+
+use crate::terminal::Stdio;
+use crate::{Failure, chardev};
+use base::props::{Bag, Properties, parse_keyval};
+use bus::Chardev;
+use devices::{find_model, models};
+use machine::blueprint::{BlockSpec, Blueprint, BoardSpec, MemorySpec};
+use machine::kernel::{EntryMode, KernelSpec};
+use machine::topology::SmpSpec;
+use machine::{BOARDS, Chardevs};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Run a virtual machine in this terminal.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Linux kernel: a bzImage, or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
+    append: String,
+    /// How to enter the kernel (default: what the image offers)
+    #[arg(long, value_name = "MODE", requires = "kernel", value_parser = ["32", "64", "pvh"])]
+    entry: Option<String>,
+    /// Disk image: FILE[,format=raw][,read-only][,force-share]
+    #[arg(long, value_name = "FILE[,...]")]
+    disk: Vec<String>,
+    /// vCPUs: N[,sockets=,dies=,cores=,threads=]
+    #[arg(long, short = 'c', value_name = "N[,...]", default_value = "1")]
+    cpus: String,
+    /// RAM: SIZE[,share][,hugepages][,hugepagesize=][,path=][,prealloc]; MiB without a suffix
+    #[arg(long, short, value_name = "SIZE[,...]", default_value = "512M")]
+    memory: String,
+    /// Accelerator: auto, kvm, or soft[,option=value]
+    #[arg(long, value_name = "NAME[,...]", default_value = "auto")]
+    accel: String,
+    /// Board: q35 or microvm
+    #[arg(long, value_name = "NAME[,...]", default_value = "q35")]
+    machine: String,
+    /// Add a device: NAME[,property=value...]; "help" lists them, "NAME,help" shows the properties
+    #[arg(long, value_name = "NAME[,...]")]
+    device: Vec<String>,
+    /// Add a character device: null or file, as KIND,id=ID[,path=FILE]
+    #[arg(long, value_name = "KIND,id=ID")]
+    chardev: Vec<String>,
+    /// Connect the serial port: stdio, none, file:PATH or chardev:ID
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: String,
+    /// Name of the virtual machine
+    #[arg(long, default_value = "kvasir")]
+    name: String,
+    /// End (with status 3) when the guest resets, instead of restarting it
+    #[arg(long)]
+    no_reboot: bool,
+    /// Print the accelerator's counters at the end
+    #[arg(long)]
+    pub(super) stats: bool,
+}
+
+const STDIO: &str = "stdio";
+
+impl Args {
+    /// Help that was asked for instead of a run.
+    pub(super) fn help_wanted(&self) -> Result<Option<String>, Failure> {
+        for text in &self.device {
+            if text == "help" || text == "?" {
+                return Ok(Some(device_list()));
+            }
+            let bag = Bag::parse(text, "driver")?;
+            if bag.wants_help() {
+                let model = find_model(&bag.driver).map_err(Failure::usage)?;
+                return Ok(Some((model.properties)().help(&bag.driver)));
+            }
+        }
+        if self.machine == "help" {
+            return Ok(Some(BOARDS.iter().map(|b| format!("{:<10} {}\n", b.name, b.about)).collect()));
+        }
+        let machine = Bag::parse(&self.machine, "type")?;
+        Ok(machine.wants_help().then(|| Properties::of::<BoardSpec>().help(&machine.driver)))
+    }
+
+    /// Whether the guest's console is this terminal.
+    pub(super) fn uses_terminal(&self) -> bool {
+        self.serial == STDIO || self.device.iter().any(|d| d.contains("chardev=stdio"))
+    }
+
+    /// Character devices by id; `stdio` is always there.
+    pub(super) fn chardevs(&self) -> Result<Chardevs, Failure> {
+        let mut all = Chardevs::new();
+        for text in &self.chardev {
+            let (id, chardev) = chardev::open(text)?;
+            if id == STDIO || all.insert(id.clone(), chardev).is_some() {
+                return Err(Failure::usage(format!("--chardev {text}: there is a character device '{id}' already")));
+            }
+        }
+        Ok(all)
+    }
+
+    /// The blueprint.
+    pub(super) fn blueprint(&self, chardevs: &mut Chardevs, stdio: &Arc<Stdio>) -> Result<Blueprint, Failure> {
+        chardevs.insert(STDIO.into(), stdio.clone() as Arc<dyn Chardev>);
+        let mut blueprint = Blueprint {
+            name: self.name.clone(),
+            machine: Bag::parse(&self.machine, "type")?,
+            accel: Bag::parse(&self.accel, "accel")?,
+            smp: self.smp()?,
+            memory: self.memory()?,
+            kernel: self.kernel(),
+            no_reboot: self.no_reboot,
+            ..Blueprint::default()
+        };
+        match self.serial.split_once(':') {
+            None if self.serial == STDIO => blueprint.serials.push(STDIO.into()),
+            None if self.serial == "none" => {}
+            Some(("file", path)) => {
+                chardevs.insert("serial0".into(), chardev::file(path.into(), false)?);
+                blueprint.serials.push("serial0".into());
+            }
+            Some(("chardev", id)) => blueprint.serials.push(id.into()),
+            _ => {
+                return Err(Failure::usage(format!("--serial {}: use stdio, none, file:PATH or chardev:ID", self.serial)));
+            }
+        }
+        for (i, text) in self.disk.iter().enumerate() {
+            let id = format!("disk{i}");
+            let mut bag = Bag { driver: "blockdev".into(), id: Some(id.clone()), props: parse_keyval(text, "file")? };
+            bag.spec::<BlockSpec>()?;
+            bag.props.retain(|_, v| !v.is_null());
+            blueprint.blockdevs.push(bag);
+            blueprint.devices.push(Bag::new("virtio-blk").with("drive", id));
+        }
+        for text in &self.device {
+            blueprint.devices.push(Bag::parse(text, "driver")?);
+        }
+        Ok(blueprint)
+    }
+
+    fn kernel(&self) -> Option<KernelSpec> {
+        let entry = self.entry.as_deref().map(|e| match e {
+            "32" => EntryMode::Protected,
+            "64" => EntryMode::Long,
+            _ => EntryMode::Pvh,
+        });
+        let kernel = self.kernel.clone()?;
+        Some(KernelSpec { kernel, initrd: self.initrd.clone(), append: self.append.clone(), entry })
+    }
+
+    fn smp(&self) -> Result<SmpSpec, Failure> {
+        let bag = Bag { driver: "--cpus".into(), id: None, props: parse_keyval(&self.cpus, "cpus")? };
+        Ok(bag.spec()?)
+    }
+
+    fn memory(&self) -> Result<MemorySpec, Failure> {
+        let mut bag = Bag { driver: "--memory".into(), id: None, props: parse_keyval(&self.memory, "size")? };
+        if let Some(serde_json::Value::String(text)) = bag.props.get("size") {
+            let size = memory::parse_size(text, 'M').map_err(Failure::usage)?;
+            bag.props.insert("size".into(), size.into());
+        }
+        Ok(bag.spec()?)
+    }
+}
+
+fn device_list() -> String {
+    let mut out = String::new();
+    for model in models() {
+        let name = match model.kind {
+            devices::Kind::Virtio(_) => format!("{}-pci, {0}-device", model.name),
+            devices::Kind::Isa(_) => model.name.to_owned(),
+        };
+        out += &format!("{name:<44} {}\n", model.about);
+    }
+    out
+}

@@ -1,0 +1,108 @@
+//! The table of models that users can name (`--device NAME,...`).
+
+use crate::virtio::VirtioDevice;
+use base::props::{Bag, PropError, Properties};
+use base::{Timers, nearest};
+use bus::{Chardev, System};
+use memory::GuestMemory;
+use std::sync::Arc;
+
+/// What a model may take from the machine while it is built.
+pub trait Parts {
+    /// Guest RAM.
+    fn memory(&self) -> &GuestMemory;
+    /// The timer service.
+    fn timers(&self) -> &Timers;
+    /// Requests to the machine.
+    fn system(&self) -> &System;
+    /// The disk image named by `drive=`; each can be taken once.
+    ///
+    /// # Errors
+    /// No such image, or it is in use by another device.
+    fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError>;
+    /// The character device named by `chardev=`; each can be taken once.
+    ///
+    /// # Errors
+    /// No such character device, or it is in use.
+    fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn Chardev>, CreateError>;
+}
+
+/// A device that cannot be created: what, why, what to do instead.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A bad property.
+    #[error(transparent)]
+    Property(#[from] PropError),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+    /// The host's refusal.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was attempted.
+        what: String,
+        /// The host's reason.
+        source: std::io::Error,
+    },
+}
+
+/// An ISA device and the ports it answers at.
+pub struct IsaDevice {
+    /// The device.
+    pub device: bus::SharedDevice,
+    /// First port and number of ports; region 0 of the device.
+    pub ports: (u16, u16),
+}
+
+/// How a model is built and plugged.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    /// A virtio device; the machine wraps it in the transport the name says (`-pci`, or `-device` for virtio-mmio).
+    Virtio(fn(&Bag, &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, CreateError>),
+    /// A device on ISA ports.
+    Isa(fn(&Bag, &mut dyn Parts) -> Result<IsaDevice, CreateError>),
+}
+
+/// A model: one `pub const MODEL` in its file, one line in [`models`].
+pub struct Model {
+    /// QEMU's name; for virtio without the transport's suffix (`virtio-blk`).
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// Properties, from the `Spec`.
+    pub properties: fn() -> Properties,
+    /// How it is built.
+    pub kind: Kind,
+}
+
+/// All models.
+pub fn models() -> &'static [&'static Model] {
+    &[]
+}
+
+/// The model a user names. Virtio models answer to `NAME-pci`, `NAME-device` (virtio-mmio) and the bare name.
+///
+/// # Errors
+/// Says which name is nearest.
+pub fn find_model(name: &str) -> Result<&'static Model, CreateError> {
+    let matches = |m: &&&Model| match m.kind {
+        Kind::Virtio(_) => {
+            name.strip_prefix(m.name).is_some_and(|rest| ["", "-pci", "-device"].contains(&rest))
+        }
+        Kind::Isa(_) => m.name == name,
+    };
+    models().iter().find(matches).copied().ok_or_else(|| {
+        let names: Vec<String> = models()
+            .iter()
+            .map(|m| match m.kind {
+                Kind::Virtio(_) => format!("{}-pci", m.name),
+                Kind::Isa(_) => m.name.to_owned(),
+            })
+            .collect();
+        let hint = match nearest(name, names.iter().map(String::as_str)) {
+            Some(near) => format!("did you mean '{near}'?"),
+            None => "'--device help' lists what there is".into(),
+        };
+        CreateError::Other(format!("unknown device '{name}'; {hint}"))
+    })
+}

@@ -1,0 +1,242 @@
+//! The DSDT: devices that cannot be found by probing.
+
+use super::{AcpiConfig, HPET_BASE, Power, REDUCED_S5_SLEEP_TYPE, S5_SLEEP_TYPE, table};
+use crate::topology::Topology;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::{Aml, AmlSink};
+
+/// A PCI host bridge with ECAM.
+#[derive(Clone, Debug)]
+pub struct PciHost {
+    /// Address of the configuration window.
+    pub ecam_base: u64,
+    /// Number of buses it spans (1 MiB each), at most 256.
+    pub buses: u16,
+    /// 32-bit memory window: first and last address.
+    pub mmio32: (u32, u32),
+    /// 64-bit memory window: first and last address.
+    pub mmio64: (u64, u64),
+    /// Interrupt routing: GSI of (slot, pin 0..4).
+    pub route: fn(slot: u8, pin: u8) -> u32,
+}
+
+impl Default for PciHost {
+    fn default() -> Self {
+        Self {
+            ecam_base: 0xb000_0000,
+            buses: 256,
+            mmio32: (0xc000_0000, 0xfebf_ffff),
+            mmio64: (0x80_0000_0000, 0x8f_ffff_ffff),
+            route: |slot, pin| 16 + u32::from((slot + pin) % 8),
+        }
+    }
+}
+
+/// A 16550 serial port.
+#[derive(Clone, Copy, Debug)]
+pub struct SerialPort {
+    /// First port.
+    pub port: u16,
+    /// Interrupt.
+    pub gsi: u32,
+}
+
+/// A virtio-mmio transport.
+#[derive(Clone, Copy, Debug)]
+pub struct VirtioMmio {
+    /// First address; 512 bytes.
+    pub base: u32,
+    /// Interrupt.
+    pub gsi: u32,
+}
+
+/// AML that was written already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn aml(node: &dyn Aml) -> Raw {
+    let mut bytes = Vec::new();
+    node.to_aml_bytes(&mut bytes);
+    Raw(bytes)
+}
+
+fn path(name: &str) -> Path {
+    Path::new(name)
+}
+
+fn hid(id: &str) -> Raw {
+    // PNP-style IDs (three letters, four digits) are compressed EISA IDs; others are strings.
+    if id.len() == 7 { aml(&Name::new(path("_HID"), &EISAName::new(id))) } else { aml(&Name::new(path("_HID"), &id)) }
+}
+
+fn device(name: &str, id: &str, uid: u32, resources: Vec<&dyn Aml>) -> Raw {
+    aml(&Device::new(
+        path(name),
+        vec![&hid(id), &aml(&Name::new(path("_UID"), &uid)), &aml(&Name::new(path("_CRS"), &ResourceTemplate::new(resources)))],
+    ))
+}
+
+fn edge(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}
+
+pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
+    let mut sb: Vec<Raw> = cpus(&config.topology);
+    for (i, s) in config.serial.iter().enumerate() {
+        let ports = IO::new(s.port, s.port, 1, 8);
+        sb.push(device(&format!("COM{}", i + 1), "PNP0501", i as u32 + 1, vec![&ports, &edge(s.gsi)]));
+    }
+    if config.i8042 {
+        sb.push(device("KBD_", "PNP0303", 0, vec![&IO::new(0x60, 0x60, 1, 1), &IO::new(0x64, 0x64, 1, 1), &edge(1)]));
+        sb.push(device("MOU_", "PNP0F13", 0, vec![&edge(12)]));
+    }
+    if config.rtc {
+        sb.push(device("RTC_", "PNP0B00", 0, vec![&IO::new(0x70, 0x70, 1, 2), &edge(8)]));
+    }
+    if config.hpet {
+        sb.push(device("HPET", "PNP0103", 0, vec![&Memory32Fixed::new(false, HPET_BASE as u32, 0x400)]));
+    }
+    for (i, v) in config.virtio_mmio.iter().enumerate() {
+        let (mem, irq) = (Memory32Fixed::new(true, v.base, 0x200), edge(v.gsi));
+        sb.push(device(&format!("VR{i:02X}"), "LNRO0005", i as u32, vec![&mem, &irq]));
+    }
+    if let Some(pci) = &config.pci {
+        sb.push(pci_host(pci));
+    }
+    let sleep_type = match config.power {
+        Power::Fixed { .. } => Some(S5_SLEEP_TYPE),
+        Power::Reduced { gsi, .. } => {
+            sb.extend(event_device(gsi));
+            Some(REDUCED_S5_SLEEP_TYPE)
+        }
+        Power::None => None,
+    };
+    let mut t = table(b"DSDT", 2);
+    let scope = aml(&Scope::new(path("\\_SB_"), sb.iter().map(|r| r as &dyn Aml).collect()));
+    t.append_slice(&scope.0);
+    if let Some(kind) = sleep_type {
+        t.append_slice(&aml(&Name::new(path("\\_S5_"), &Package::new(vec![&kind, &kind, &ZERO, &ZERO]))).0);
+    }
+    t.as_slice().to_vec()
+}
+
+fn cpus(topology: &Topology) -> Vec<Raw> {
+    (0..topology.count())
+        .map(|i| {
+            let parts = [aml(&Name::new(path("_HID"), &"ACPI0007")), aml(&Name::new(path("_UID"), &i))];
+            aml(&Device::new(path(&format!("C{i:03X}")), parts.iter().map(|p| p as &dyn Aml).collect()))
+        })
+        .collect()
+}
+
+/// Generic event device (5.6.9) and power button for reduced hardware.
+fn event_device(gsi: u32) -> [Raw; 2] {
+    let button = aml(&Device::new(path("PWRB"), vec![&hid("PNP0C0C"), &Name::new(path("_UID"), &ZERO)]));
+    let pressed: u8 = 0x80;
+    let notify = aml(&Notify::new(&path("\\_SB_.PWRB"), &pressed));
+    let event = aml(&Method::new(path("_EVT"), 1, true, vec![&notify]));
+    let ged = aml(&Device::new(
+        path("GED_"),
+        vec![&hid("ACPI0013"), &Name::new(path("_UID"), &ZERO), &Name::new(path("_CRS"), &ResourceTemplate::new(vec![&edge(gsi)])), &event],
+    ));
+    [button, ged]
+}
+
+fn pci_host(pci: &PciHost) -> Raw {
+    let (lo32, hi32) = pci.mmio32;
+    let (lo64, hi64) = pci.mmio64;
+    let resources = ResourceTemplate::new(vec![
+        &BusNumbers(pci.buses - 1),
+        &IO_CONFIG,
+        &IO_LOW,
+        &IO_HIGH,
+        &MemoryWindow(lo32, hi32),
+        &MemoryWindow64(lo64, hi64),
+    ]
+    .into_iter()
+    .map(|w: &dyn Aml| w)
+    .collect());
+    let mut routes: Vec<Raw> = Vec::with_capacity(128);
+    for slot in 0..32u8 {
+        for pin in 0..4u8 {
+            let address = u32::from(slot) << 16 | 0xffff;
+            let gsi = (pci.route)(slot, pin);
+            routes.push(aml(&Package::new(vec![&address, &pin, &ZERO, &gsi])));
+        }
+    }
+    let prt = BigPackage(routes);
+    let (zero, cid) = (ZERO, EISAName::new("PNP0A03"));
+    aml(&Device::new(
+        path("PCI0"),
+        vec![
+            &hid("PNP0A08"),
+            &Name::new(path("_CID"), &cid),
+            &Name::new(path("_UID"), &zero),
+            &Name::new(path("_SEG"), &zero),
+            &Name::new(path("_BBN"), &zero),
+            &Name::new(path("_CRS"), &resources),
+            &Name::new(path("_PRT"), &prt),
+        ],
+    ))
+}
+
+/// A package of more elements than fit into `PackageBuilder`'s usual use; at most 255 (DefPackage's count is a byte).
+struct BigPackage(Vec<Raw>);
+
+impl Aml for BigPackage {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Package::new(self.0.iter().map(|r| r as &dyn Aml).collect()).to_aml_bytes(sink);
+    }
+}
+
+struct BusNumbers(u16);
+
+impl Aml for BusNumbers {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        AddressSpace::new_bus_number(0u16, self.0).to_aml_bytes(sink);
+    }
+}
+
+struct Ports(u16, u16);
+
+impl Aml for Ports {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        AddressSpace::new_io(self.0, self.1, None).to_aml_bytes(sink);
+    }
+}
+
+struct ConfigPorts;
+
+impl Aml for ConfigPorts {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        IO::new(0xcf8, 0xcf8, 1, 8).to_aml_bytes(sink);
+    }
+}
+
+const IO_CONFIG: ConfigPorts = ConfigPorts;
+const IO_LOW: Ports = Ports(0, 0xcf7);
+const IO_HIGH: Ports = Ports(0xd00, 0xffff);
+
+struct MemoryWindow(u32, u32);
+
+impl Aml for MemoryWindow {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, self.0, self.1, None).to_aml_bytes(sink);
+    }
+}
+
+struct MemoryWindow64(u64, u64);
+
+impl Aml for MemoryWindow64 {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, self.0, self.1, None).to_aml_bytes(sink);
+    }
+}

@@ -1,0 +1,119 @@
+//! The one description of a VM: property bags. Every front door translates into it, and nothing else builds a VM.
+
+use crate::Error;
+use crate::kernel::KernelSpec;
+use crate::topology::SmpSpec;
+use base::props::{Bag, SIZE_FORMAT};
+use memory::Backing;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use std::path::PathBuf;
+
+/// A VM, described.
+#[derive(Clone, Debug)]
+pub struct Blueprint {
+    /// Name of the VM.
+    pub name: String,
+    /// Board: `q35` or `microvm`, with its options.
+    pub machine: Bag,
+    /// Accelerator: `auto`, `kvm` or `soft`, with its options.
+    pub accel: Bag,
+    /// vCPUs and their topology.
+    pub smp: SmpSpec,
+    /// RAM.
+    pub memory: MemorySpec,
+    /// Kernel to boot directly.
+    pub kernel: Option<KernelSpec>,
+    /// Disk images, by id.
+    pub blockdevs: Vec<Bag>,
+    /// Devices, in the order in which they are plugged.
+    pub devices: Vec<Bag>,
+    /// Character device (by id) that each serial port is connected to.
+    pub serials: Vec<String>,
+    /// End instead of resetting when the guest asks for a reset.
+    pub no_reboot: bool,
+}
+
+impl Default for Blueprint {
+    fn default() -> Self {
+        Self {
+            name: "kvasir".into(),
+            machine: Bag::new("q35"),
+            accel: Bag::new("auto"),
+            smp: SmpSpec::default(),
+            memory: MemorySpec::default(),
+            kernel: None,
+            blockdevs: Vec::new(),
+            devices: Vec::new(),
+            serials: Vec::new(),
+            no_reboot: false,
+        }
+    }
+}
+
+/// `--memory SIZE[,...]`.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct MemorySpec {
+    /// Amount of RAM in bytes, or with a suffix (512M, 4G).
+    #[schemars(extend("format" = SIZE_FORMAT))]
+    pub size: u64,
+    /// Share the memory with other processes (memfd).
+    pub share: bool,
+    /// Use huge pages from the host's pool.
+    pub hugepages: bool,
+    /// Huge page size (2M, 1G); the host's default if not given.
+    #[schemars(extend("format" = SIZE_FORMAT))]
+    pub hugepagesize: Option<u64>,
+    /// File, or directory of a hugetlbfs mount, that holds the memory.
+    pub path: Option<PathBuf>,
+    /// Allocate everything at start.
+    pub prealloc: bool,
+}
+
+impl Default for MemorySpec {
+    fn default() -> Self {
+        Self { size: 512 << 20, share: false, hugepages: false, hugepagesize: None, path: None, prealloc: false }
+    }
+}
+
+impl MemorySpec {
+    /// The backing this asks for.
+    ///
+    /// # Errors
+    /// Options that contradict each other.
+    pub fn backing(&self) -> Result<Backing, Error> {
+        match (&self.path, self.hugepages) {
+            (Some(_), true) => Err(Error::Config("memory: path= and hugepages=on exclude each other".into())),
+            (Some(path), false) => Ok(Backing::File { path: path.clone(), shared: self.share }),
+            (None, true) => Ok(Backing::HugeTlb { page_size: self.hugepagesize }),
+            (None, false) if self.hugepagesize.is_some() => {
+                Err(Error::Config("memory: hugepagesize= needs hugepages=on".into()))
+            }
+            (None, false) if self.share => Ok(Backing::Memfd),
+            (None, false) => Ok(Backing::Anonymous),
+        }
+    }
+}
+
+/// Options of every board.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct BoardSpec {
+    /// Have a high precision event timer (the software CPU's q35 only; KVM guests have better clocks).
+    pub hpet: Option<bool>,
+}
+
+/// A disk image: `file=PATH,...` of a blockdev.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct BlockSpec {
+    /// Path of the image.
+    pub file: PathBuf,
+    /// Format of the image; probed if not given.
+    pub format: Option<String>,
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Open even if another process uses it.
+    pub force_share: bool,
+}

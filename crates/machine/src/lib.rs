@@ -1,0 +1,66 @@
+//! Builds a virtual machine from its blueprint, and runs it.
+//!
+//! - [`Blueprint`]: the description.
+//! - [`Machine`]: the running thing: vCPU threads, pause, resume, reset, power button.
+//! - `board`: what is where on a `q35` and a `microvm`.
+//! - `acpi`, `smbios`, `kernel`: what firmware would do for a directly booted kernel.
+
+mod acceleration;
+pub mod acpi;
+pub mod blueprint;
+mod board;
+mod drives;
+pub mod kernel;
+mod run;
+pub mod smbios;
+pub mod topology;
+mod vcpu;
+
+pub use acceleration::{Acceleration, choose};
+pub use blueprint::Blueprint;
+pub use board::BOARDS;
+pub use run::{Chardevs, Machine, Outcome, Remote};
+
+/// Why a machine cannot be built or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A description that makes no sense; the text says what to do instead.
+    #[error("{0}")]
+    Config(String),
+    /// A bad property.
+    #[error(transparent)]
+    Property(#[from] base::props::PropError),
+    /// The accelerator.
+    #[error(transparent)]
+    Accel(#[from] accel::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] devices::CreateError),
+    /// Two things at the same place.
+    #[error(transparent)]
+    Map(#[from] bus::MapError),
+    /// The host's refusal.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was attempted.
+        what: String,
+        /// The host's reason.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// Whether the user's input is at fault (exit status 2) rather than the host or the guest.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Error::Host { .. } | Error::Accel(accel::Error::Host { .. }))
+    }
+}
+
+/// Result of machine operations.
+pub type Result<T> = std::result::Result<T, Error>;

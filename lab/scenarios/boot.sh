@@ -1,0 +1,32 @@
+# Boots the test guest on KVM with every machine, kernel format and number of vCPUs.
+#
+# needs: kvasir guest tiny
+# timeout: 600
+
+. "$LAB/lib.sh"
+
+
+for machine in q35 microvm; do
+    for kernel in bzImage vmlinux; do
+        for cpus in 1 2; do
+            expect "$machine $kernel, $cpus vCPU: first line" 0 KVASIR-GUEST-READY \
+                "$KVASIR" run --accel kvm --machine $machine --cpus $cpus --memory 256M \
+                --kernel "$LAB_GUEST/$kernel" --initrd "$LAB_GUEST/initramfs.cpio" \
+                --append 'console=ttyS0 quiet panic=-1 kvasir.test=report'
+            if grep -q "^CPUS $cpus" "$output"; then
+                pass "$machine $kernel, $cpus vCPU: all online"
+            else
+                fail "$machine $kernel, $cpus vCPU: all online" "$(grep ^CPUS "$output")"
+            fi
+        done
+    done
+done
+
+truncate -s 32M /tmp/disk.img
+for machine in q35 microvm; do
+    expect "$machine: disk" 0 'DISK-RESULT ok' \
+        "$KVASIR" run --accel kvm --machine $machine --memory 256M --disk /tmp/disk.img \
+        --kernel "$LAB_GUEST/vmlinux" --initrd "$LAB_GUEST/initramfs.cpio" \
+        --append 'console=ttyS0 quiet panic=-1 kvasir.test=disk'
+done
+finish

@@ -1,0 +1,26 @@
+//! Measurements whose results stand in `docs/performance.md`.
+
+mod boot;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Boot on the software CPU beside QEMU's TCG: time, start-up, memory
+    Boot(boot::Options),
+}
+
+pub fn task(options: &Options) -> Result<ExitCode> {
+    match &options.what {
+        What::Boot(options) => boot::task(options),
+    }
+}
