@@ -283,16 +283,22 @@ fn parse_first_entry(text: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-/// Runs a measurement several times and keeps the readings in order of their time; a run that fails is repeated once,
-/// because an emulator on a busy machine now and then hangs.
+/// Runs a measurement several times and returns the readings in order of their time. A run that fails is repeated, up
+/// to three times: QEMU's TCG now and then hangs early in a boot.
 pub fn several(runs: usize, mut run: impl FnMut() -> Result<Reading>) -> Result<Vec<Reading>> {
+    const ATTEMPTS: usize = 4;
     ensure!(runs > 0, "at least one run is needed");
     let mut readings = Vec::new();
     for _ in 0..runs {
-        let reading = run().or_else(|error| {
-            eprintln!("xtask: {error:#}; trying once more");
-            run()
-        })?;
+        let mut attempt = 1;
+        let reading = loop {
+            match run() {
+                Ok(reading) => break reading,
+                Err(error) if attempt == ATTEMPTS => return Err(error),
+                Err(error) => eprintln!("xtask: {error:#}; trying once more"),
+            }
+            attempt += 1;
+        };
         readings.push(reading);
     }
     readings.sort_by_key(|reading| reading.line);
@@ -330,6 +336,19 @@ mod tests {
 7f10-7f11 r-xp 00000000 08:01 5 /usr/lib/libc.so.6\nSize:               2000 kB\nRss:                 900 kB\nAnonymous:             4 kB\n\
 VmFlags: rd ex mr\n";
         assert_eq!(beyond_guest(smaps, 512), Memory { private: 84, resident: 1000 });
+    }
+
+    #[test]
+    fn failed_runs_are_repeated_but_not_for_ever() {
+        let mut calls = 0;
+        let readings = several(2, || {
+            calls += 1;
+            ensure!(calls != 2, "hangs");
+            Ok(Reading { line: Duration::from_millis(10 - calls), ..Reading::default() })
+        });
+        assert_eq!(readings.expect("readings")[0].line, Duration::from_millis(7));
+        assert_eq!(calls, 3);
+        assert!(several(1, || bail!("always")).is_err());
     }
 
     #[test]

@@ -35,6 +35,10 @@ pub trait Doorbells: Send + Sync {
     fn detach(&self, at: IoAddress, len: u32, datamatch: Option<u64>, fd: &EventFd) -> Result<()>;
     /// An interrupt that a signalled `fd` delivers, inside the kernel, as the message that is routed to it.
     ///
+    /// For signals from outside the process (vhost, vhost-user, VFIO). A device in this process calls [`Irqs::msi`]
+    /// instead: one system call as well, without a route, each change of which costs the kernel a grace period
+    /// (milliseconds) while the guest sets up its vectors.
+    ///
     /// # Errors
     /// Out of routes.
     fn irqfd(&self, fd: &EventFd) -> Result<Box<dyn IrqFd>>;
@@ -55,8 +59,9 @@ pub struct MsrFault;
 
 /// A local APIC, as the software CPU sees it. (KVM has its own in the kernel.)
 ///
-/// The APIC raises [`crate::Signal::INTERRUPT`] in the vCPU's [`crate::CpuSignals`] when there may be something to
-/// deliver, and NMI, INIT, SIPI, SMI directly.
+/// The APIC raises [`crate::Signal::INTERRUPT`] in the vCPU's [`crate::CpuSignals`] when there may be something new to
+/// deliver, and NMI, INIT, SIPI, SMI directly. The signal is an event, not a level: a vCPU that clears it while it
+/// cannot take interrupts asks [`Self::has_interrupt`] once it can.
 pub trait LocalApic: Send + Sync {
     /// Whether an interrupt can be delivered now, as far as the APIC goes (priorities, 8259 through LINT0). The CPU
     /// adds its own conditions (RFLAGS.IF, shadows).
@@ -89,7 +94,10 @@ pub trait LocalApic: Send + Sync {
     fn init(&self);
     /// Register page as KVM_GET_LAPIC lays it out.
     fn save(&self) -> Vec<u8>;
-    /// Restores [`Self::save`] and re-arms the timer.
+    /// Sets IA32_APIC_BASE to a saved value, without the checks that a guest's write undergoes. Comes before
+    /// [`Self::load`].
+    fn load_base(&self, value: u64);
+    /// Restores [`Self::save`] and re-arms the timer (IA32_TSC_DEADLINE is written after it).
     ///
     /// # Errors
     /// The page has the wrong length.

@@ -5,6 +5,7 @@
 pub mod cpuid;
 mod exit;
 mod irq;
+pub mod kvm;
 mod signals;
 pub mod state;
 mod vm;

@@ -128,6 +128,35 @@ pub trait Vcpu: Send {
     /// # Errors
     /// A state that this accelerator or host cannot take; the vCPU is then unusable until a good load.
     fn load(&mut self, state: &CpuState) -> Result<()>;
+    /// As [`Self::save`], but only what is cheap to get is filled in: general registers, RIP, RFLAGS, segments,
+    /// tables, control registers, EFER and the APIC base. For boot loaders and debuggers.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    fn save_registers(&mut self) -> Result<CpuState> {
+        self.save()
+    }
+    /// Loads general registers, RIP, RFLAGS, segments, tables, CR0, CR2, CR3, CR4 and EFER of `state`, and the MSRs
+    /// it lists, in order; everything else stays as it is.
+    ///
+    /// # Errors
+    /// As for [`Self::load`].
+    fn load_registers(&mut self, state: &CpuState) -> Result<()> {
+        let mut full = self.save()?;
+        full.gpr = state.gpr;
+        full.rip = state.rip;
+        full.rflags = state.rflags;
+        full.segments = state.segments;
+        full.ldtr = state.ldtr;
+        full.tr = state.tr;
+        full.gdtr = state.gdtr;
+        full.idtr = state.idtr;
+        (full.cr0, full.cr2, full.cr3, full.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
+        full.efer = state.efer;
+        full.msrs.retain(|(index, _)| state.msrs.iter().all(|(other, _)| other != index));
+        full.msrs.extend_from_slice(&state.msrs);
+        self.load(&full)
+    }
     /// A handle with which any thread makes [`Self::run`] return soon (now, or at its next call).
     fn kicker(&self) -> Kicker;
 }

@@ -8,8 +8,10 @@ mod chardev;
 mod device;
 mod io;
 mod line;
+pub mod pci;
 mod state;
 mod system;
+pub mod virtio;
 
 pub use chardev::{CharEvent, CharFrontend, Chardev, NullChardev};
 pub use device::{Device, RegionId, SharedDevice, shared};

@@ -268,8 +268,6 @@ pub struct Cpu {
     pub cr4: u64,
     /// Extended feature enables.
     pub efer: u64,
-    /// Extended control register 0.
-    pub xcr0: u64,
     /// DR0 to DR3.
     pub dr: [u64; 4],
     /// Debug status.
@@ -282,6 +280,8 @@ pub struct Cpu {
     pub fault_op: *const crate::op::Op,
     /// What the last instruction asks of the run loop.
     pub request: Request,
+    /// Whether it runs.
+    pub mp_state: accel::state::MpState,
     /// NMIs are blocked until IRET.
     pub nmi_masked: bool,
     /// Interrupts are blocked until one more instruction has run.

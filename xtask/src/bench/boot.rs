@@ -26,7 +26,7 @@ pub struct Options {
     /// Only QEMU
     #[arg(long)]
     reference: bool,
-    /// Seconds until a run is given up
+    /// Seconds until a run of Kvasir is given up
     #[arg(long, default_value_t = 120)]
     timeout: u64,
 }
@@ -43,6 +43,8 @@ struct Subject {
     command: Vec<String>,
     kernel: [&'static str; 3],
     disk: Vec<String>,
+    /// When to give up a run.
+    limit: Duration,
 }
 
 impl Subject {
@@ -78,10 +80,12 @@ fn qemu(program: &str, machine: &str, disk: &str) -> Subject {
         )),
         kernel: ["-kernel", "-initrd", "-append"],
         disk: words(&disk),
+        // It takes a tenth of that, unless it hangs.
+        limit: Duration::from_secs(20),
     }
 }
 
-fn kvasir(program: &Path, accel: &str, machine: &str, disk: &str) -> Subject {
+fn kvasir(program: &Path, accel: &str, machine: &str, disk: &str, limit: Duration) -> Subject {
     let program = program.display();
     Subject {
         name: format!("kvasir {accel} {machine}"),
@@ -90,6 +94,7 @@ fn kvasir(program: &Path, accel: &str, machine: &str, disk: &str) -> Subject {
         )),
         kernel: ["--kernel", "--initrd", "--append"],
         disk: words(&format!("--disk {disk}")),
+        limit,
     }
 }
 
@@ -100,8 +105,9 @@ fn subjects(options: &Options, disk: &str) -> Result<Vec<Subject>> {
             Some(path) => path.canonicalize().with_context(|| path.display().to_string())?,
             None => lab::build_kvasir()?,
         };
+        let limit = Duration::from_secs(options.timeout);
         for accel in &options.accel {
-            subjects.extend(["microvm", "q35"].map(|machine| kvasir(&program, accel, machine, disk)));
+            subjects.extend(["microvm", "q35"].map(|machine| kvasir(&program, accel, machine, disk, limit)));
         }
     }
     Ok(subjects)
@@ -124,8 +130,7 @@ pub fn task(options: &Options) -> Result<ExitCode> {
     let mut reference = None;
     for subject in subjects(options, &disk)? {
         let run = |command: Vec<String>, questions: &Questions| {
-            let limit = Duration::from_secs(options.timeout);
-            stopwatch::several(options.runs, || stopwatch::time(&command, READY, limit, questions))
+            stopwatch::several(options.runs, || stopwatch::time(&command, READY, subject.limit, questions))
         };
         let pvh = run(subject.linux(&guest.vmlinux(), &guest.initramfs()), &Questions::default())?;
         let bzimage = run(subject.linux(&guest.bzimage(), &guest.initramfs()), &Questions::default())?;

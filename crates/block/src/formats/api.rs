@@ -196,6 +196,8 @@ pub struct WriteExtent {
     pub head: u64,
     /// Guest bytes after the piece that must be copied behind it.
     pub tail: u64,
+    /// The space for head and tail is known to read as zeros, so that zeros need not be copied there.
+    pub fresh: bool,
     /// For the format's own use between prepare and commit.
     pub cookie: u64,
 }
@@ -417,6 +419,12 @@ pub trait Format: Send + Sync {
     /// The data (with heads and tails) is written: map it.
     fn commit_write(&self, extents: &[WriteExtent]) -> Result<()>;
 
+    /// Guest data of this range is about to change in place, by `write_at` on mapped extents (allocating writes, zeroing and
+    /// discards do not announce themselves here). For formats that record what changes.
+    fn note_write(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// The data could not be written: give back what `prepare_write` allocated.
     fn abort_write(&self, extents: &[WriteExtent]);
 
@@ -543,6 +551,7 @@ pub fn push_write(out: &mut Vec<WriteExtent>, piece: WriteExtent) {
         && last.tail == 0
         && piece.head == 0
         && last.cookie == piece.cookie
+        && last.fresh == piece.fresh
     {
         last.len += piece.len;
         last.tail = piece.tail;

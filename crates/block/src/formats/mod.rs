@@ -15,7 +15,7 @@ macro_rules! formats {
     };
 }
 
-formats! { raw }
+formats! { qcow2, raw }
 
 /// The format called `name`.
 pub fn find(name: &str) -> Option<&'static Driver> {

@@ -154,7 +154,7 @@ impl Format for Raw {
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
-        out.push(WriteExtent { offset, len, file: 0, host: offset, new: false, head: 0, tail: 0, cookie: 0 });
+        out.push(WriteExtent { offset, len, file: 0, host: offset, new: false, head: 0, tail: 0, fresh: false, cookie: 0 });
         Ok(())
     }
 

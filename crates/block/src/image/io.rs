@@ -235,6 +235,7 @@ impl Image {
                     }
                     covered = extents.last().map_or(0, |e| e.offset + e.len - offset);
                 }
+                self.format.note_write(offset, buf.len() as u64)?;
                 for e in extents.iter() {
                     if let Mapping::Data { file, host, .. } = e.mapping {
                         let at = (e.offset - offset) as usize;
@@ -287,18 +288,43 @@ impl Image {
         let mut tail = vec![0; piece.tail as usize];
         // A disk may end inside its last unit; what lies behind is zeros.
         let inside = self.size().saturating_sub(piece.offset + piece.len).min(piece.tail) as usize;
+        let (before, after) = (piece.offset - piece.head, piece.offset + piece.len);
+        if piece.fresh && self.format.cipher().is_none() {
+            if head.is_empty() || self.maps_to_zeros(before, piece.head)? {
+                head.clear();
+            }
+            if inside == 0 || self.maps_to_zeros(after, inside as u64)? {
+                tail.clear();
+            }
+        }
+        let inside = inside.min(tail.len());
         if !head.is_empty() {
-            self.read_locked(&mut head, piece.offset - piece.head)?;
+            self.read_locked(&mut head, before)?;
         }
         if inside > 0 {
-            self.read_locked(&mut tail[..inside], piece.offset + piece.len)?;
+            self.read_locked(&mut tail[..inside], after)?;
         }
-        let start = piece.host - piece.head;
+        let start = piece.host - head.len() as u64;
         if self.format.cipher().is_some() {
             let whole = [&head[..], data, &tail[..]].concat();
             return self.store(piece.file, start, piece.offset - piece.head, &whole);
         }
         self.storage_of(piece.file)?.write_vectored_at(&[&head, data, &tail], start)
+    }
+
+    /// Whether the mapping alone tells that the range reads as zeros.
+    fn maps_to_zeros(&self, offset: u64, len: u64) -> Result<bool> {
+        let backed = self.backing.read().unwrap_or_else(|e| e.into_inner()).is_some();
+        with_extents(|extents| {
+            self.format.map(offset, len, extents)?;
+            let covered = extents.last().is_some_and(|e| e.offset + e.len == offset + len);
+            Ok(covered
+                && extents.iter().all(|e| match e.mapping {
+                    Mapping::Zero { .. } => true,
+                    Mapping::Unallocated => !backed,
+                    _ => false,
+                }))
+        })
     }
 
     /// Writes bytes to where they belong, encrypting them if need be.

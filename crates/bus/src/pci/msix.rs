@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 const ENTRY: u64 = 16;
 /// Function-wide state: enable and mask bits of message control, in the order of its top bits.
 const ENABLED: u8 = 2;
-const MASKED: u8 = 1;
+const MASKED: u8 = 1; // kept for reading the two bits together
 /// Vector control: mask bit.
 const VECTOR_MASKED: u32 = 1;
 

@@ -4,7 +4,7 @@ use super::message::{Delivery, Destination, Message};
 use serde::{Deserialize, Serialize};
 
 /// Interrupt inputs.
-pub const PINS: usize = 24;
+pub(super) const PINS: usize = 24;
 
 const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 
@@ -157,6 +157,8 @@ impl IoApic {
 mod tests {
     use super::*;
 
+    const NONE: [u8; 0] = [];
+
     /// An IOAPIC and what it sent.
     struct Rig {
         apic: IoApic,
@@ -212,7 +214,7 @@ mod tests {
         r.line(4, true);
         r.line(4, false);
         r.write(0x18, 0x34);
-        assert_eq!(r.vectors(), []);
+        assert_eq!(r.vectors(), NONE);
         r.line(4, true);
         r.line(4, true);
         assert_eq!(r.vectors(), [0x34]);
@@ -226,21 +228,21 @@ mod tests {
         let mut r = Rig::new();
         r.write(0x10 + 2 * 11, 0x1_8051);
         r.line(11, true);
-        assert_eq!(r.vectors(), []);
+        assert_eq!(r.vectors(), NONE);
         r.write(0x10 + 2 * 11, 0x8051);
-        assert_eq!(r.sent[0].level, true);
+        assert!(r.sent[0].level);
         assert_eq!(r.vectors(), [0x51]);
         assert_eq!(r.read(0x10 + 2 * 11), 0xc051);
         r.line(11, false);
         r.line(11, true);
-        assert_eq!(r.vectors(), [], "in service");
+        assert_eq!(r.vectors(), NONE, "in service");
         r.with(|a, s| a.end_of_interrupt(0x50, s));
-        assert_eq!(r.vectors(), []);
+        assert_eq!(r.vectors(), NONE);
         r.with(|a, s| a.end_of_interrupt(0x51, s));
         assert_eq!(r.vectors(), [0x51], "still asserted");
         r.line(11, false);
         r.with(|a, s| a.write(EOI, &0x51u32.to_le_bytes(), s));
-        assert_eq!(r.vectors(), []);
+        assert_eq!(r.vectors(), NONE);
         assert_eq!(r.read(0x10 + 2 * 11), 0x8051);
         // Nobody took it: the next change of level tries again.
         r.accept = false;

@@ -39,7 +39,7 @@ struct State {
     mode: Mode,
     divider: u64,
     initial: u32,
-    /// When counting down from `initial` began.
+    /// When counting down from `initial` began. After a load that can be before the clock's zero, hence wrapping.
     start: u64,
     /// When the next interrupt is due.
     due: Option<u64>,
@@ -56,7 +56,7 @@ impl State {
     /// Current count: what the counter shows at `now`.
     fn count(&self, now: u64) -> u32 {
         let period = self.period();
-        let elapsed = now.saturating_sub(self.start);
+        let elapsed = now.wrapping_sub(self.start);
         if period == 0 || (self.mode != Mode::Periodic && elapsed >= period) {
             return 0;
         }
@@ -104,8 +104,7 @@ impl ApicTimer {
         match s.mode {
             Mode::Periodic => {
                 let period = s.period().max(1);
-                let passed = now.saturating_sub(s.start) / period;
-                let next = s.start.saturating_add((passed + 1).saturating_mul(period));
+                let next = now.saturating_add(period - now.wrapping_sub(s.start) % period);
                 self.arm(&mut s, next.max(due.saturating_add(MIN_PERIOD)));
             }
             Mode::TscDeadline => s.deadline = 0,
@@ -128,9 +127,9 @@ impl ApicTimer {
     pub(super) fn set_mode(&self, mode: Mode) {
         let mut s = self.lock();
         // A periodic count that becomes a one-shot one goes on from where it is.
-        let elapsed = self.clock.now().saturating_sub(s.start);
+        let elapsed = self.clock.now().wrapping_sub(s.start);
         if s.mode == Mode::Periodic && s.period() != 0 {
-            s.start += elapsed - elapsed % s.period();
+            s.start = s.start.wrapping_add(elapsed - elapsed % s.period());
         }
         let old = std::mem::replace(&mut s.mode, mode);
         if (old == Mode::TscDeadline) != (mode == Mode::TscDeadline) {
@@ -166,7 +165,7 @@ impl ApicTimer {
         s.divider = new;
         if s.due.is_some() && s.mode != Mode::TscDeadline {
             let done = u64::from(s.initial - count.min(s.initial));
-            s.start = now.saturating_sub(done * new);
+            s.start = now.wrapping_sub(done * new);
             self.arm(&mut s, now.saturating_add(u64::from(count) * new));
         }
     }
@@ -241,7 +240,7 @@ impl ApicTimer {
         let now = self.clock.now();
         let count = if mode == Mode::Periodic && count == 0 { initial } else { count.min(initial) };
         s.initial = initial;
-        s.start = now.saturating_sub(u64::from(initial - count) * s.divider);
+        s.start = now.wrapping_sub(u64::from(initial - count) * s.divider);
         if count > 0 {
             let at = now.saturating_add(u64::from(count) * s.divider);
             self.arm(&mut s, at);

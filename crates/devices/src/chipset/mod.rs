@@ -6,15 +6,17 @@
 //! Lock order: a device's own lock, then the interrupt pin, then the 8259 pair or the IOAPIC. Local APICs have no lock
 //! that is held while anything else is taken; the timer service's lock is a leaf.
 
-pub mod clock;
-pub mod ioapic;
-pub mod irqchip;
-pub mod lapic;
+pub mod acpi_reduced;
+mod clock;
+mod ioapic;
+mod irqchip;
+mod lapic;
 mod lapic_timer;
-pub mod legacy;
+mod legacy;
 mod message;
-pub mod pic;
+mod pic;
 pub mod pit;
+pub mod pvpanic;
 
 pub use clock::{Clock, ClockTimer};
 pub use irqchip::{ApicCpu, Irqchip, IrqchipDevice};

@@ -7,6 +7,7 @@ use acpi_tables::aml::{
     ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
+use bus::pci::Route;
 
 /// A PCI host bridge with ECAM.
 #[derive(Clone, Debug)]
@@ -19,8 +20,8 @@ pub struct PciHost {
     pub mmio32: (u32, u32),
     /// 64-bit memory window: first and last address.
     pub mmio64: (u64, u64),
-    /// Interrupt routing: GSI of (slot, pin 0..4).
-    pub route: fn(slot: u8, pin: u8) -> u32,
+    /// Interrupt routing of the root bus.
+    pub routes: Vec<Route>,
 }
 
 impl Default for PciHost {
@@ -30,7 +31,7 @@ impl Default for PciHost {
             buses: 256,
             mmio32: (0xc000_0000, 0xfebf_ffff),
             mmio64: (0x80_0000_0000, 0x8f_ffff_ffff),
-            route: |slot, pin| 16 + u32::from((slot + pin) % 8),
+            routes: Vec::new(),
         }
     }
 }
@@ -153,26 +154,19 @@ fn event_device(gsi: u32) -> [Raw; 2] {
 fn pci_host(pci: &PciHost) -> Raw {
     let (lo32, hi32) = pci.mmio32;
     let (lo64, hi64) = pci.mmio64;
-    let resources = ResourceTemplate::new(vec![
-        &BusNumbers(pci.buses - 1),
-        &IO_CONFIG,
-        &IO_LOW,
-        &IO_HIGH,
-        &MemoryWindow(lo32, hi32),
-        &MemoryWindow64(lo64, hi64),
-    ]
-    .into_iter()
-    .map(|w: &dyn Aml| w)
-    .collect());
-    let mut routes: Vec<Raw> = Vec::with_capacity(128);
-    for slot in 0..32u8 {
-        for pin in 0..4u8 {
-            let address = u32::from(slot) << 16 | 0xffff;
-            let gsi = (pci.route)(slot, pin);
-            routes.push(aml(&Package::new(vec![&address, &pin, &ZERO, &gsi])));
-        }
-    }
-    let prt = BigPackage(routes);
+    let buses = AddressSpace::new_bus_number(0u16, pci.buses - 1);
+    let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
+    let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
+    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
+    let mmio32 = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, lo32, hi32, None);
+    let mmio64 = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, lo64, hi64, None);
+    let resources = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &mmio32, &mmio64]);
+    let entry = |r: &Route| {
+        let address = u32::from(r.slot) << 16 | 0xffff;
+        aml(&Package::new(vec![&address, &r.pin, &ZERO, &r.gsi]))
+    };
+    let routes: Vec<Raw> = pci.routes.iter().map(entry).collect();
+    let prt = Package::new(routes.iter().map(|r| r as &dyn Aml).collect());
     let (zero, cid) = (ZERO, EISAName::new("PNP0A03"));
     aml(&Device::new(
         path("PCI0"),
@@ -186,57 +180,4 @@ fn pci_host(pci: &PciHost) -> Raw {
             &Name::new(path("_PRT"), &prt),
         ],
     ))
-}
-
-/// A package of more elements than fit into `PackageBuilder`'s usual use; at most 255 (DefPackage's count is a byte).
-struct BigPackage(Vec<Raw>);
-
-impl Aml for BigPackage {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        Package::new(self.0.iter().map(|r| r as &dyn Aml).collect()).to_aml_bytes(sink);
-    }
-}
-
-struct BusNumbers(u16);
-
-impl Aml for BusNumbers {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        AddressSpace::new_bus_number(0u16, self.0).to_aml_bytes(sink);
-    }
-}
-
-struct Ports(u16, u16);
-
-impl Aml for Ports {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        AddressSpace::new_io(self.0, self.1, None).to_aml_bytes(sink);
-    }
-}
-
-struct ConfigPorts;
-
-impl Aml for ConfigPorts {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        IO::new(0xcf8, 0xcf8, 1, 8).to_aml_bytes(sink);
-    }
-}
-
-const IO_CONFIG: ConfigPorts = ConfigPorts;
-const IO_LOW: Ports = Ports(0, 0xcf7);
-const IO_HIGH: Ports = Ports(0xd00, 0xffff);
-
-struct MemoryWindow(u32, u32);
-
-impl Aml for MemoryWindow {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, self.0, self.1, None).to_aml_bytes(sink);
-    }
-}
-
-struct MemoryWindow64(u64, u64);
-
-impl Aml for MemoryWindow64 {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, self.0, self.1, None).to_aml_bytes(sink);
-    }
 }

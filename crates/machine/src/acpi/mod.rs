@@ -22,6 +22,8 @@ pub struct AcpiConfig {
     pub topology: Topology,
     /// Power management registers: the fixed hardware's, or the reduced-hardware kind of a microvm.
     pub power: Power,
+    /// IOAPIC input of the timer chip: 2 as in most PCs, 0 with KVM's own controllers.
+    pub timer_gsi: u32,
     /// PCI host bridge, if the board has one.
     pub pci: Option<PciHost>,
     /// Whether there is an HPET at 0xfed0_0000.
@@ -93,7 +95,7 @@ pub fn write(config: &AcpiConfig, memory: &GuestMemory, base: u64) -> memory::Re
         Power::Fixed { .. } => Some(put(&tables::facs())?),
         _ => None,
     };
-    let mut entries = vec![put(&tables::fadt(config, dsdt, facs))?, put(tables::madt(&config.topology).as_slice())?];
+    let mut entries = vec![put(&tables::fadt(config, dsdt, facs))?, put(tables::madt(config).as_slice())?];
     if let Some(pci) = &config.pci {
         entries.push(put(&tables::mcfg(pci))?);
     }

@@ -3,7 +3,6 @@
 use super::{
     AcpiConfig, HPET_BASE, IOAPIC_BASE, LAPIC_BASE, OEM_ID, OEM_TABLE, PciHost, Power, RESET_PORT, RESET_VALUE, SCI_GSI, table,
 };
-use crate::topology::Topology;
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -87,7 +86,8 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64, facs: Option<u64>) -> Vec<u8>
 }
 
 /// MADT (5.2.12).
-pub(super) fn madt(topology: &Topology) -> Sdt {
+pub(super) fn madt(config: &AcpiConfig) -> Sdt {
+    let topology = &config.topology;
     const PCAT_COMPAT: u32 = 1;
     let mut t = table(b"APIC", 5);
     t.append_slice(&(LAPIC_BASE as u32).to_le_bytes());
@@ -110,10 +110,11 @@ pub(super) fn madt(topology: &Topology) -> Sdt {
     ioapic.extend((IOAPIC_BASE as u32).to_le_bytes());
     ioapic.extend(0u32.to_le_bytes());
     t.append_slice(&ioapic);
-    // Interrupt source overrides (5.2.12.5): the timer is on pin 2; the SCI is level, active high, as are the lines
-    // PCI interrupts could be routed to.
+    // Interrupt source overrides (5.2.12.5): where the timer is, and the SCI, level-triggered and active high.
     const ACTIVE_HIGH_LEVEL: u16 = 0xd;
-    for (source, gsi, flags) in [(0u8, 2u32, 0u16), (5, 5, ACTIVE_HIGH_LEVEL), (9, 9, ACTIVE_HIGH_LEVEL), (10, 10, ACTIVE_HIGH_LEVEL), (11, 11, ACTIVE_HIGH_LEVEL)] {
+    let timer = (config.timer_gsi != 0).then_some((0u8, config.timer_gsi, 0));
+    let sci = matches!(config.power, Power::Fixed { .. }).then_some((SCI_GSI as u8, SCI_GSI, ACTIVE_HIGH_LEVEL));
+    for (source, gsi, flags) in timer.into_iter().chain(sci) {
         let mut e = vec![2, 10, 0, source];
         e.extend(gsi.to_le_bytes());
         e.extend(flags.to_le_bytes());

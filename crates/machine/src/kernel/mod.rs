@@ -5,6 +5,8 @@ mod bzimage;
 mod elf;
 mod entry;
 mod pvh;
+#[cfg(test)]
+mod tests;
 mod zero_page;
 
 use memory::GuestMemory;

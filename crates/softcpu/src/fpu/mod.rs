@@ -12,8 +12,9 @@ mod host;
 mod image;
 mod xsave;
 
-pub use control::{control, is_control};
 pub use image::BadImage;
+pub(crate) use xsave::Save;
+pub use xsave::{components, valid_xcr0};
 
 /// State components of XCR0 (Intel SDM vol. 1, 13.1).
 pub mod xcr0 {
@@ -173,6 +174,18 @@ fn summarise(word: u16, fcw: u16) -> u16 {
     if word & !fcw & fsw::FLAGS != 0 { word | fsw::ES | fsw::B } else { word & !(fsw::ES | fsw::B) }
 }
 
+/// What [`Fpu::ready`] tells: instructions of these kinds may run without further checks.
+pub(crate) mod ready {
+    /// Legacy SSE.
+    pub(crate) const SSE: u8 = 1;
+    /// AVX.
+    pub(crate) const AVX: u8 = 2;
+    /// x87.
+    pub(crate) const X87: u8 = 4;
+    /// MMX.
+    pub(crate) const MMX: u8 = 8;
+}
+
 /// The guest's floating-point and vector state.
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
@@ -194,8 +207,9 @@ pub struct Fpu {
     pub fip: u64,
     /// Address of its memory operand: offset in its segment.
     pub fdp: u64,
-    /// Extended control register 0.
-    pub xcr0: u64,
+    /// Bits of [`ready`]: control registers permit, the host's units hold the guest's modes and registers, and no
+    /// exception can come of it (all are masked, none is pending).
+    pub(crate) ready: u8,
 }
 
 impl Default for Fpu {
@@ -217,7 +231,7 @@ impl Fpu {
             fop: 0,
             fip: 0,
             fdp: 0,
-            xcr0: xcr0::X87,
+            ready: 0,
         };
         // RESET, unlike FNINIT, leaves exceptions masked, all registers zero and *not* empty (Intel SDM vol. 3, 10.1.1).
         fpu.legacy.fcw = 0x40;
@@ -225,9 +239,10 @@ impl Fpu {
         fpu
     }
 
-    /// What INIT does: registers are kept, XCR0 too.
-    pub fn init(&mut self) {
-        self.flush();
+    /// Must be called after every change of CR0, CR4, XCR0 or of the mode: instructions are checked anew.
+    #[inline(always)]
+    pub fn control_changed(&mut self) {
+        self.ready = 0;
     }
 
     /// Brings everything into memory and leaves the host's units as Rust expects them. Must be called before the
@@ -244,6 +259,7 @@ impl Fpu {
             self.mxcsr |= host::stmxcsr() & mxcsr::FLAGS;
             host::ldmxcsr(mxcsr::DEFAULT);
             self.mxcsr_live = false;
+            self.ready &= !(ready::SSE | ready::AVX);
         }
     }
 
@@ -257,20 +273,20 @@ impl Fpu {
     #[inline]
     pub fn set_mxcsr(&mut self, value: u32) {
         self.mxcsr = value & mxcsr::VALID;
+        self.ready &= !(ready::SSE | ready::AVX);
         if self.mxcsr_live {
             host::ldmxcsr(self.mxcsr | mxcsr::MASKS);
         }
     }
 
-    /// Makes the host compute with the guest's SSE modes, every exception masked. Returns the guest's masks still
-    /// open: non-zero if an exception of the next instruction could have to be delivered.
-    #[inline(always)]
-    pub(crate) fn enter_sse(&mut self) -> u32 {
+    /// Makes the host compute with the guest's SSE modes, every exception masked. Returns whether the guest has them
+    /// all masked, too.
+    pub(crate) fn enter_sse(&mut self) -> bool {
         if !self.mxcsr_live {
             host::ldmxcsr(self.mxcsr | mxcsr::MASKS);
             self.mxcsr_live = true;
         }
-        !self.mxcsr & mxcsr::MASKS
+        self.mxcsr & mxcsr::MASKS == mxcsr::MASKS
     }
 
     /// The x87 state in memory, for reading and changing.
@@ -280,6 +296,7 @@ impl Fpu {
             self.store_x87();
             host::fninit();
             self.x87_live = false;
+            self.ready &= !(ready::X87 | ready::MMX);
         }
         &mut self.legacy
     }
@@ -303,7 +320,7 @@ impl Fpu {
     /// It must not hold a pending exception: the host itself would fault.
     #[cold]
     pub(crate) fn load_x87(&mut self) {
-        debug_assert!(self.legacy.fsw & fsw::ES == 0);
+        debug_assert!(self.legacy.fsw & !self.legacy.fcw & fsw::FLAGS == 0);
         self.legacy.host_mxcsr = host::stmxcsr();
         self.x87_unmasked = self.legacy.fcw & fsw::FLAGS != fsw::FLAGS;
         host::fxrstor(&self.legacy);
@@ -358,6 +375,9 @@ impl Fpu {
         if self.x87_live && host::fnstsw() & !value & fsw::FLAGS == 0 {
             host::fldcw(value);
             self.x87_unmasked = value & fsw::FLAGS != fsw::FLAGS;
+            if self.x87_unmasked {
+                self.ready &= !(ready::X87 | ready::MMX);
+            }
             return;
         }
         let image = self.x87();
@@ -376,25 +396,67 @@ impl Fpu {
         (self.fop, self.fip, self.fdp) = (0, 0, 0);
     }
 
+    /// Starts to ignore a pending exception (CR0.NE is clear): it is masked until [`Self::end_ignoring`] gets back the
+    /// control word returned here. `None` if none is pending.
+    pub(crate) fn begin_ignoring(&mut self) -> Option<u16> {
+        self.x87_pending().then(|| {
+            let image = self.x87();
+            let fcw = image.fcw;
+            image.fcw |= fsw::FLAGS;
+            image.fsw = summarise(image.fsw, image.fcw);
+            fcw
+        })
+    }
+
+    /// See [`Self::begin_ignoring`].
+    pub(crate) fn end_ignoring(&mut self, fcw: u16) {
+        let image = self.x87();
+        image.fcw = fcw;
+        image.fsw = summarise(image.fsw, fcw);
+    }
+
+    /// An MMX register.
+    pub(crate) fn mmx(&mut self, n: usize) -> [u8; 8] {
+        let image = self.x87_ref();
+        let r = image.st[(n + 8 - image.top()) & 7];
+        [r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]]
+    }
+
+    /// What every MMX instruction but EMMS does: the top of stack is register 0, and no register is empty.
+    pub(crate) fn enter_mmx(&mut self) {
+        let image = self.x87();
+        image.set_env(image.fcw, image.fsw & !(7 << fsw::TOP_SHIFT), 0xff);
+    }
+
     /// EMMS: every register is empty.
     #[inline]
     pub fn emms(&mut self) {
         if self.x87_live { host::emms() } else { self.legacy.ftw = 0 }
     }
 
-    /// Zeroes bits 128 and up of every vector register.
-    pub fn vzeroupper(&mut self) {
-        for v in &mut self.vec {
+    /// Zeroes bits 128 and up of the first `count` vector registers (16 in 64-bit mode, else 8).
+    pub fn vzeroupper(&mut self, count: usize) {
+        for v in self.vec.iter_mut().take(count) {
             v.0[16..].fill(0);
         }
     }
 
-    /// Zeroes every vector register reachable (16 in 64-bit mode, else 8).
+    /// Zeroes the first `count` vector registers.
     pub fn vzeroall(&mut self, count: usize) {
         for v in self.vec.iter_mut().take(count) {
             v.0.fill(0);
         }
     }
+}
+
+/// Runs `f` with the given modes in the host's MXCSR (no exception unmasked), and returns the flags that it raised. The
+/// guest's modes must not be live ([`Fpu::park`]).
+pub(crate) fn with_mxcsr(modes: u32, f: impl FnOnce()) -> u32 {
+    host::ldmxcsr(modes & !mxcsr::FLAGS | mxcsr::MASKS);
+    f();
+    let raised = host::stmxcsr() & mxcsr::FLAGS;
+    host::ldmxcsr(mxcsr::DEFAULT);
+    raised
 }
 
 #[cfg(test)]
@@ -447,12 +509,12 @@ mod tests {
     fn sticky_flags_survive_parking() {
         let mut f = Fpu::new();
         f.set_mxcsr(0x1f80 | 4);
-        assert_eq!(f.enter_sse(), 0);
+        assert!(f.enter_sse());
         assert_eq!(f.mxcsr(), 0x1f84);
         f.park();
         assert_eq!(f.mxcsr(), 0x1f84);
         f.set_mxcsr(0x1f00);
-        assert_eq!(f.enter_sse(), 0x80);
+        assert!(!f.enter_sse());
         f.park();
         assert_eq!(host::stmxcsr(), mxcsr::DEFAULT);
     }

@@ -9,7 +9,7 @@ use iced_x86::{
 };
 
 /// Which unit an instruction belongs to, for the checks of CR0, CR4 and XCR0 (Intel SDM vol. 3, 2.5 and table 13-1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Class {
     /// x87: #NM if CR0.EM or CR0.TS.
     X87,
@@ -22,7 +22,7 @@ pub enum Class {
 }
 
 /// How an instruction uses its memory operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MemAccess {
     /// It has none.
     None,
@@ -75,8 +75,8 @@ pub struct Recipe {
     pub wide: bool,
 }
 
-/// Instructions whose 16-byte memory operand need not be aligned, in legacy encoding (Intel SDM vol. 1, table 15-6... the
-/// "type 4, unaligned" entries of each instruction's exception class).
+/// Instructions whose 16-byte memory operand need not be aligned, in legacy encoding (see the exception
+/// class of each in Intel SDM vol. 2).
 fn unaligned_legacy(m: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(m, Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm)

@@ -1,0 +1,284 @@
+//! Boards: what is where. Each board is one file and one line of [`BOARDS`].
+
+mod common;
+mod microvm;
+mod parts;
+mod q35;
+
+use crate::acpi::AcpiConfig;
+use crate::blueprint::{Blueprint, BoardSpec};
+use crate::drives::Drives;
+use crate::kernel::{E820, Tables};
+use crate::smbios::{self, SmbiosConfig};
+use crate::topology::Topology;
+use crate::{Chardevs, Error, Result, acpi};
+use accel::{Accel, CpuSignals, Irqs, Slot, Vcpu, VcpuConfig, Vm};
+use base::{Timers, nearest};
+use bus::pci::{PciBus, Windows};
+use bus::{Bus, IrqPin, SharedDevice, System};
+use devices::chipset::{ApicCpu, Clock, Irqchip, IrqchipDevice};
+use memory::{GuestMemory, Layout};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A kind of machine.
+pub struct Board {
+    /// Its name, as in `--machine NAME`.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// Where RAM below 4 GiB ends at most, for a given total in bytes.
+    low_ram_end: fn(u64) -> u64,
+    /// Puts the devices on.
+    build: fn(&mut Builder, &BoardSpec) -> Result<()>,
+}
+
+/// All boards.
+pub const BOARDS: &[Board] = &[q35::BOARD, microvm::BOARD];
+
+/// Where the ACPI tables go: the BIOS area, in which systems look for the RSDP.
+const ACPI_TABLES: u64 = 0xe_0000;
+/// Where the SMBIOS tables go.
+const SMBIOS_TABLES: u64 = 0xf_0000;
+const BIOS_AREA_END: u64 = 0x10_0000;
+/// End of conventional memory; above it are the extended BIOS data area and video memory.
+const LOW_END: u64 = 0x9_fc00;
+
+/// A machine being put together.
+pub(crate) struct Builder {
+    pub(crate) memory: GuestMemory,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) irqs: Arc<dyn Irqs>,
+    pub(crate) irqchip: Option<Arc<Irqchip>>,
+    pub(crate) clock: Clock,
+    pub(crate) timers: Timers,
+    pub(crate) system: System,
+    pub(crate) chardevs: Chardevs,
+    pub(crate) drives: Drives,
+    pub(crate) serials: Vec<String>,
+    pub(crate) acpi: AcpiConfig,
+    pub(crate) reserved: Vec<E820>,
+    pub(crate) pci: Option<Arc<PciBus>>,
+    pub(crate) windows: Option<fn() -> Windows>,
+    pub(crate) devices: Vec<SharedDevice>,
+    pub(crate) power_button: Option<Box<dyn Fn() + Send>>,
+    pub(crate) product: &'static str,
+    pins: BTreeMap<u32, Arc<IrqPin>>,
+    mmio_slots: Vec<common::MmioSlot>,
+}
+
+/// A machine put together.
+pub(crate) struct Built {
+    pub(crate) memory: GuestMemory,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) bus: Arc<Bus>,
+    clock: Clock,
+    acpi: AcpiConfig,
+    smbios: SmbiosConfig,
+    e820: Vec<E820>,
+    pci: Option<Arc<PciBus>>,
+    windows: Option<fn() -> Windows>,
+    devices: Vec<SharedDevice>,
+    power_button: Option<Box<dyn Fn() + Send>>,
+    // Kept alive for the timers of the devices.
+    _timers: Timers,
+}
+
+fn find(name: &str) -> Result<&'static Board> {
+    BOARDS.iter().find(|b| b.name == name).ok_or_else(|| {
+        let known = BOARDS.iter().map(|b| b.name).collect::<Vec<_>>();
+        let near = nearest(name, known.iter().copied()).map(|n| format!("; did you mean '{n}'?")).unwrap_or_default();
+        Error::Config(format!("unknown machine '{name}': use {}{near}", known.join(" or ")))
+    })
+}
+
+/// Builds the board, its devices and its vCPUs.
+pub(crate) fn build(
+    blueprint: &Blueprint,
+    accel: &dyn Accel,
+    system: System,
+    chardevs: Chardevs,
+) -> Result<(Built, Vec<Box<dyn Vcpu>>)> {
+    let board = find(&blueprint.machine.driver)?;
+    let spec: BoardSpec = blueprint.machine.spec()?;
+    let topology = Topology::new(&blueprint.smp).map_err(Error::Config)?;
+    if topology.count() > accel.max_vcpus() {
+        return Err(Error::Config(format!(
+            "{} vCPUs are more than the accelerator '{}' supports here, {}",
+            topology.count(),
+            accel.name(),
+            accel.max_vcpus()
+        )));
+    }
+    let size = blueprint.memory.size;
+    let layout = Layout::pc(size, (board.low_ram_end)(size))?;
+    let drives = Drives::open(&blueprint.blockdevs)?;
+    let memory = GuestMemory::new(&layout, &blueprint.memory.backing()?, blueprint.memory.prealloc)?;
+    let vm = accel.create_vm()?;
+    for region in memory.regions() {
+        vm.map(Slot { gpa: region.start, len: region.len(), region: region.clone(), offset: 0, readonly: false })?;
+    }
+
+    let timers = Timers::new();
+    let clock = Clock::new(&timers);
+    let signals: Vec<_> = (0..topology.count()).map(|_| Arc::new(CpuSignals::new())).collect();
+    let (irqs, irqchip) = match vm.irqs() {
+        Some(irqs) => (irqs, None),
+        None => {
+            let cpus = topology.apic_ids().zip(&signals).map(|(apic_id, s)| ApicCpu { apic_id, signals: s.clone() });
+            let chip = Irqchip::new(cpus.collect(), &clock);
+            (chip.clone() as Arc<dyn Irqs>, Some(chip))
+        }
+    };
+    let mut builder = Builder {
+        memory,
+        vm: vm.clone(),
+        bus: Arc::new(Bus::new()),
+        irqs,
+        irqchip: irqchip.clone(),
+        clock,
+        timers,
+        system,
+        chardevs,
+        drives,
+        serials: blueprint.serials.clone(),
+        acpi: AcpiConfig { topology, timer_gsi: if irqchip.is_some() { 2 } else { 0 }, ..AcpiConfig::default() },
+        reserved: Vec::new(),
+        pci: None,
+        windows: None,
+        devices: Vec::new(),
+        power_button: None,
+        product: board.about,
+        pins: BTreeMap::new(),
+        mmio_slots: Vec::new(),
+    };
+    if let Some(chip) = &irqchip {
+        builder.software_irqchip(chip)?;
+    }
+    (board.build)(&mut builder, &spec)?;
+    builder.plug(&blueprint.devices)?;
+
+    let cpuid = accel.supported_cpuid()?;
+    let vcpus = signals
+        .into_iter()
+        .enumerate()
+        .map(|(i, signals)| {
+            let index = i as u32;
+            let mut cpuid = cpuid.clone();
+            topology.fill_cpuid(&mut cpuid, index);
+            let apic = irqchip.as_ref().and_then(|c| c.local_apic(i));
+            vm.vcpu(VcpuConfig { index, apic_id: topology.apic_id(index), cpuid, signals, apic })
+        })
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok((builder.finish(), vcpus))
+}
+
+impl Builder {
+    /// The shared interrupt input `gsi`.
+    pub(crate) fn pin(&mut self, gsi: u32) -> Arc<IrqPin> {
+        self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).clone()
+    }
+
+    fn finish(self) -> Built {
+        let total = self.memory.total();
+        let t = self.acpi.topology;
+        let mut e820 = vec![E820 { start: 0, len: LOW_END, kind: E820::RAM }];
+        e820.push(E820 { start: LOW_END, len: 0xa_0000 - LOW_END, kind: E820::RESERVED });
+        e820.push(E820 { start: ACPI_TABLES, len: BIOS_AREA_END - ACPI_TABLES, kind: E820::RESERVED });
+        for r in self.memory.regions() {
+            let start = r.start.max(BIOS_AREA_END);
+            if let Some(len) = (r.start + r.len()).checked_sub(start).filter(|l| *l > 0) {
+                e820.push(E820 { start, len, kind: E820::RAM });
+            }
+        }
+        e820.extend(self.reserved);
+        e820.sort_by_key(|e| e.start);
+        let smbios = SmbiosConfig {
+            product: self.product.into(),
+            uuid: None,
+            sockets: t.sockets,
+            cores: t.dies * t.cores,
+            threads: t.dies * t.cores * t.threads,
+            memory: total,
+        };
+        Built {
+            memory: self.memory,
+            vm: self.vm,
+            bus: self.bus,
+            clock: self.clock,
+            acpi: self.acpi,
+            smbios,
+            e820,
+            pci: self.pci,
+            windows: self.windows,
+            devices: self.devices,
+            power_button: self.power_button,
+            _timers: self.timers,
+        }
+    }
+}
+
+impl Built {
+    fn each(&self, mut f: impl FnMut(&mut dyn bus::Device) -> std::io::Result<()>) -> Result<()> {
+        let functions = self.pci.as_ref().map(|p| p.devices()).unwrap_or_default();
+        for device in self.devices.iter().chain(&functions) {
+            let mut device = device.lock().unwrap_or_else(|e| e.into_inner());
+            let device: &mut dyn bus::Device = &mut *device;
+            if let Err(source) = f(device) {
+                return Err(Error::Host { what: format!("device '{}'", device.name()), source });
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the devices, then time.
+    pub(crate) fn start(&self) -> Result<()> {
+        self.each(|d| d.start())?;
+        self.clock.start();
+        Ok(())
+    }
+
+    /// Stops time, then the devices; vCPUs are parked already.
+    pub(crate) fn pause(&self) {
+        self.clock.stop();
+        if let Err(e) = self.each(|d| d.pause()) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    /// Back to power-on, with RAM cleared.
+    pub(crate) fn reset(&self) {
+        // `reset` of a device cannot fail.
+        let _ = self.each(|d| {
+            d.reset();
+            Ok(())
+        });
+        for region in self.memory.regions() {
+            if region.mapping.discard(0, region.len()).is_err() {
+                let _ = self.memory.fill(region.start, region.len(), 0); // the region is RAM by definition
+            }
+            region.tracker.wrote(0, region.len());
+        }
+    }
+
+    pub(crate) fn power_button(&self) {
+        match &self.power_button {
+            Some(press) => press(),
+            None => tracing::warn!("this machine has no power button"),
+        }
+    }
+
+    /// What firmware leaves behind: BARs, ACPI, SMBIOS, the memory map.
+    pub(crate) fn write_tables(&self) -> Result<Tables> {
+        if let (Some(pci), Some(windows)) = (&self.pci, self.windows) {
+            pci.assign_resources(&mut windows()).map_err(|e| Error::Config(e.to_string()))?;
+        }
+        let used = acpi::write(&self.acpi, &self.memory, ACPI_TABLES)?;
+        if ACPI_TABLES + used > SMBIOS_TABLES {
+            return Err(Error::Config("the ACPI tables do not fit below 0xf0000: use fewer vCPUs or devices".into()));
+        }
+        smbios::write(&self.smbios, &self.memory, SMBIOS_TABLES)?;
+        Ok(Tables { rsdp: Some(ACPI_TABLES), e820: self.e820.clone() })
+    }
+}

@@ -1,0 +1,56 @@
+//! Disk images of a machine, by id.
+
+use crate::blueprint::BlockSpec;
+use crate::{Error, Result};
+use base::nearest;
+use base::props::Bag;
+use block::{Image, OpenOptions};
+use devices::CreateError;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Opened images, waiting for the device that takes each.
+#[derive(Default)]
+pub(crate) struct Drives {
+    waiting: BTreeMap<String, Arc<Image>>,
+    taken: Vec<String>,
+}
+
+impl Drives {
+    /// Opens (and locks) the images of all `blockdevs`.
+    pub(crate) fn open(blockdevs: &[Bag]) -> Result<Self> {
+        let mut drives = Self::default();
+        for bag in blockdevs {
+            let id = bag.id.clone().ok_or_else(|| Error::Config(format!("{}: missing id", bag.driver)))?;
+            let spec: BlockSpec = bag.spec()?;
+            let name = spec.file.to_str().filter(|n| !n.is_empty()).ok_or_else(|| {
+                Error::Config(format!("disk '{}': file= must name an image, in UTF-8", spec.file.display()))
+            })?;
+            let options = OpenOptions {
+                format: spec.format.clone(),
+                read_only: spec.read_only,
+                force_share: spec.force_share,
+                exclusive: !spec.force_share,
+                ..OpenOptions::default()
+            };
+            let image = Image::open(name, &options).map_err(|e| Error::Config(format!("disk '{name}': {e}")))?;
+            if drives.waiting.insert(id.clone(), Arc::new(image)).is_some() {
+                return Err(Error::Config(format!("there are two disk images with the id '{id}'")));
+            }
+        }
+        Ok(drives)
+    }
+
+    /// The image for a device.
+    pub(crate) fn take(&mut self, id: &str) -> std::result::Result<Arc<Image>, CreateError> {
+        if let Some(image) = self.waiting.remove(id) {
+            self.taken.push(id.into());
+            return Ok(image);
+        }
+        if self.taken.iter().any(|t| t == id) {
+            return Err(CreateError::Other(format!("drive '{id}' is in use by another device")));
+        }
+        let near = nearest(id, self.waiting.keys().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
+        Err(CreateError::Other(format!("there is no drive '{id}'{}", near.unwrap_or_default())))
+    }
+}

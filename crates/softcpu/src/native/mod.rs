@@ -1,0 +1,114 @@
+//! x87, MMX, SSE, AVX and their kin, executed by the host's own instructions.
+//!
+//! The guest's instructions are the host's instructions, so the host does the arithmetic: [`lower`] makes, for each
+//! decoded instruction, a small function (a *thunk*, see `emit`) around the very same instruction, and the handlers here
+//! call it on the guest's registers. What a thunk must not decide is done around it: whether the unit may be used, where
+//! memory is, whether a store may happen, exceptions. Guest bytes are never executed: a thunk's instruction is encoded
+//! afresh from its decoded form, with registers and memory operand of our choice.
+//!
+//! * `features`: what the host has of all that.
+//! * `recipe`: facts about an instruction; `emit`: its thunk; `arena`: where thunks live.
+//! * `check`: #UD, #NM, #MF, and getting the host's units ready.
+//! * `run`: handlers that call thunks; `unmasked`: the slow way when an exception may have to be delivered.
+//! * `special`, `masked`: instructions with code of their own.
+
+mod arena;
+mod check;
+mod emit;
+pub mod features;
+mod masked;
+pub mod recipe;
+mod run;
+mod special;
+mod unmasked;
+
+pub use arena::Arena;
+pub use special::Special;
+
+use crate::op::Op;
+use crate::state::Mode;
+use emit::Entry;
+use iced_x86::{Instruction, OpKind, Register};
+use recipe::{Class, MemAccess, Recipe};
+
+/// What the handlers know about an instruction, beside the operation itself. One exists for each distinct thunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Thunk {
+    /// The code; absent for special instructions.
+    entry: Option<Entry>,
+    /// Dedicated code.
+    special: Option<Special>,
+    /// Flags it writes, as in [`crate::Cpu::cc`].
+    cc: u16,
+    /// Size of the memory operand.
+    size: u16,
+    /// Alignment that it must have.
+    align: u8,
+    /// Unit.
+    class: Class,
+    /// Memory operand.
+    access: MemAccess,
+    /// Uses x87 or MMX registers.
+    x87: bool,
+    /// Records FOP, FIP and FDP.
+    records: bool,
+    /// Reads flags.
+    reads_flags: bool,
+}
+
+/// Mask within [`crate::Cpu::cc`] of RFLAGS bits.
+fn cc_mask(rflags: u32) -> u16 {
+    ((rflags & 0xd5) << 8) as u16 | (rflags >> 11 & 1) as u16
+}
+
+/// Makes `op` execute the instruction `i`, decoded from `bytes` in `mode`. Its memory operand ([`Op::base`] and the
+/// rest) has been filled in as for any instruction, except that a vector index counts as none. Returns `false`, with
+/// `op` untouched, if the instruction is not one of these units, or one that the software CPU does not offer (#UD).
+pub fn lower(i: &Instruction, bytes: &[u8], mode: Mode, arena: &Arena, op: &mut Op) -> bool {
+    let Some(recipe) = recipe::recipe(i) else { return false };
+    if recipe.vex && mode.contains(Mode::REAL) {
+        return false;
+    }
+    let Some((entry, slots)) = code(i, &recipe, arena) else { return false };
+    let Recipe { class, special, access, size, align, x87, records, reads_flags, writes_flags, .. } = recipe;
+    let thunk = Thunk { entry, special, cc: cc_mask(writes_flags), size, align, class, access, x87, records, reads_flags };
+    op.handler = run::handler(&thunk);
+    let thunk = arena.intern(thunk) as u64;
+    if records {
+        // No register slots in x87 instructions, but an opcode to be recorded.
+        let fop = x87_opcode(bytes);
+        (op.dst, op.src, op.imm) = (fop as u8, (fop >> 8) as u8, thunk);
+    } else {
+        (op.dst, op.src, op.imm) = (slots[0], slots[1], thunk | u64::from(slots[2]) << 56);
+    }
+    if let OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegDI = i.op0_kind() {
+        op.base = crate::state::reg::RDI;
+    }
+    true
+}
+
+/// A thunk's entry if it needs one, and the register slots.
+fn code(i: &Instruction, recipe: &Recipe, arena: &Arena) -> Option<(Option<Entry>, emit::Slots)> {
+    if recipe.special.is_some() {
+        let mut slots = [0; 3];
+        let registers = (0..i.op_count()).filter(|k| i.op_kind(*k) == OpKind::Register).map(|k| i.op_register(k));
+        // A gather's index comes last: it stands in the memory operand.
+        let index = Some(i.memory_index()).filter(|r| r.is_vector_register());
+        let registers = registers.chain(index).filter(|r| *r != Register::None);
+        for (slot, r) in slots.iter_mut().zip(registers) {
+            *slot = recipe::number(r.full_register()) as u8 * 8;
+        }
+        return Some((None, slots));
+    }
+    let (bytes, slots) = emit::emit(i, recipe)?;
+    Some((arena.install(&bytes), slots))
+}
+
+/// The 11 bits of an x87 opcode that FOP holds.
+fn x87_opcode(bytes: &[u8]) -> u16 {
+    let at = bytes.iter().position(|b| (0xd8..=0xdf).contains(b));
+    match at.and_then(|at| bytes.get(at..at + 2)) {
+        Some([opcode, modrm]) => u16::from(opcode & 7) << 8 | u16::from(*modrm),
+        _ => 0,
+    }
+}

@@ -1,0 +1,49 @@
+//! Counters summed over vCPUs, as rows for `--stats`.
+
+use crate::state::Stats;
+
+/// A sum.
+#[derive(Debug, Default)]
+pub struct Sum {
+    retired: u64,
+    stats: Stats,
+}
+
+macro_rules! rows {
+    ($($field:ident => $name:literal),* $(,)?) => {
+        impl Sum {
+            /// Adds a vCPU's counters.
+            pub fn add(&mut self, retired: u64, s: &Stats) {
+                self.retired += retired;
+                $(self.stats.$field += s.$field;)*
+            }
+
+            /// Names and values.
+            pub fn rows(&self) -> Vec<(String, u64)> {
+                let mut rows = vec![("instructions".to_owned(), self.retired)];
+                $(rows.push(($name.to_owned(), self.stats.$field));)*
+                rows
+            }
+        }
+    };
+}
+
+rows! {
+    blocks_decoded => "blocks decoded",
+    ops_decoded => "operations decoded",
+    blocks_dropped => "blocks dropped",
+    cache_flushes => "block cache flushes",
+    jump_misses => "jump cache misses",
+    tlb_fills => "TLB misses",
+    tlb_flushes => "TLB flushes",
+    page_faults => "page faults",
+    exceptions => "exceptions",
+    interrupts => "interrupts",
+    mmio => "exits: device memory",
+    ports => "exits: ports",
+    apic => "exits: local APIC",
+    halts => "exits: HLT",
+    code_writes => "writes to code pages",
+    msrs => "MSR accesses",
+    cpuids => "CPUID",
+}
