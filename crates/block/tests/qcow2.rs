@@ -67,7 +67,8 @@ fn run(options: &str, with_backing: bool, snapshots: bool, compress: bool, seed:
     let mut saved: Vec<(String, Vec<u8>)> = Vec::new();
     for step in 0..160 {
         let offset = random.below(SIZE);
-        let len = (1 + random.below(if random.below(4) == 0 { 600_000 } else { 9000 })).min(SIZE - offset);
+        let most = if random.below(4) == 0 { 600_000 } else { 9000 };
+        let len = (1 + random.below(most)).min(SIZE - offset);
         let range = offset as usize..(offset + len) as usize;
         match random.below(if snapshots { 13 } else { 11 }) {
             0..=5 => {

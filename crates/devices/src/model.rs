@@ -1,6 +1,6 @@
 //! The table of models that users can name (`--device NAME,...`).
 
-use crate::virtio::VirtioDevice;
+use crate::virtio::{self, VirtioDevice};
 use base::props::{Bag, PropError, Properties};
 use base::{Timers, nearest};
 use bus::{Chardev, System};
@@ -15,6 +15,10 @@ pub trait Parts {
     fn timers(&self) -> &Timers;
     /// Requests to the machine.
     fn system(&self) -> &System;
+    /// Number of vCPUs, for devices whose queues default to one for each.
+    fn vcpus(&self) -> u32 {
+        1
+    }
     /// The disk image named by `drive=`; each can be taken once.
     ///
     /// # Errors
@@ -77,7 +81,7 @@ pub struct Model {
 
 /// All models.
 pub fn models() -> &'static [&'static Model] {
-    &[]
+    &[&virtio::blk::MODEL, &virtio::console::MODEL, &virtio::rng::MODEL]
 }
 
 /// The model a user names. Virtio models answer to `NAME-pci`, `NAME-device` (virtio-mmio) and the bare name.

@@ -492,8 +492,8 @@ pub unsafe fn lock_cmpxchg16b(p: *mut u8, expected: (u64, u64), new: (u64, u64))
     let done: u8;
     // SAFETY: the caller's. RBX is reserved for the compiler, hence the exchanges.
     unsafe {
-        asm!("xchg rbx, {new}", "lock cmpxchg16b [{p}]", "sete {done}", "mov rbx, {new}",
-            p = in(reg) p, new = inout(reg) new.0 => _, done = lateout(reg_byte) done,
+        asm!("xchg rbx, r9", "lock cmpxchg16b [rdi]", "sete r8b", "mov rbx, r9",
+            in("rdi") p, inout("r9") new.0 => _, out("r8b") done,
             inout("rax") expected.0 => lo, inout("rdx") expected.1 => hi, in("rcx") new.1, options(nostack));
     }
     ((lo, hi), done != 0)

@@ -121,6 +121,7 @@ pub struct Cache {
     by_code: AddressMap<(usize, u32), *const Block>,
     by_page: AddressMap<usize, Vec<*const Block>>,
     jumps: Box<[Jump]>,
+    wants_flush: bool,
 }
 
 // SAFETY: the raw pointers point into `all`, which moves along with them; only the owning thread follows them.
@@ -144,6 +145,7 @@ impl Cache {
             by_code: AddressMap::default(),
             by_page: AddressMap::default(),
             jumps: vec![NO_JUMP; JUMP_PAGES * JUMP_PER_PAGE].into_boxed_slice(),
+            wants_flush: false,
         }
     }
 
@@ -203,12 +205,29 @@ impl Cache {
         blocks.len()
     }
 
+    /// Drops all blocks: none is entered again, and one that runs ends after the current instruction. The memory is
+    /// freed by [`Self::flush`].
+    pub fn drop_all(&mut self) {
+        let pages: Vec<usize> = self.by_page.keys().copied().collect();
+        for page in pages {
+            self.drop_page(page);
+        }
+        self.jumps.fill(NO_JUMP);
+        self.wants_flush = true;
+    }
+
+    /// Whether [`Self::flush`] should be called when no block runs.
+    pub fn wants_flush(&self) -> bool {
+        self.wants_flush
+    }
+
     /// Forgets everything. Only while no block runs and nothing points at one.
     pub fn flush(&mut self) {
         self.by_code.clear();
         self.by_page.clear();
         self.all.clear();
         self.ops = 0;
+        self.wants_flush = false;
         self.jumps.fill(NO_JUMP);
     }
 

@@ -167,7 +167,7 @@ pub fn query(cpu: &Cpu, leaf: u32, subleaf: u32) -> [u32; 4] {
             }
         }
         // Both formats are alike: there is one extended component, right after the header.
-        (0xd, 0) | (0xd, 1) if r != [0; 4] => r[1] = if cpu.xcr0 & xcr0::AVX != 0 { 832 } else { 576 },
+        (0xd, 0) | (0xd, 1) if r != [0; 4] => r[1] = if cpu.fpu.xcr0 & xcr0::AVX != 0 { 832 } else { 576 },
         _ => {}
     }
     r

@@ -149,3 +149,16 @@ impl Next {
     /// Smallest value that is an address.
     pub const LEAST_ADDRESS: usize = 4096;
 }
+
+impl OpPtr {
+    /// Leaves the block because this operation, which had moved RIP on already, faulted. A trap leaves RIP there.
+    #[cold]
+    #[inline(never)]
+    pub fn fault_ended(self, cpu: &mut Cpu, _fault: Fault) -> Next {
+        if !cpu.exception.trap {
+            cpu.rip = cpu.ip_at(self.off);
+        }
+        cpu.fault_op = self.0;
+        Next::FAULT
+    }
+}

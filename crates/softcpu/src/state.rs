@@ -284,6 +284,20 @@ pub struct Cpu {
     pub mp_state: accel::state::MpState,
     /// NMIs are blocked until IRET.
     pub nmi_masked: bool,
+    /// An NMI waits.
+    pub nmi_pending: bool,
+    /// Interrupt acknowledged but not delivered (from a loaded state).
+    pub acknowledged: Option<u8>,
+    /// Exception to deliver before the next instruction (from a loaded state).
+    pub injected: Option<Exception>,
+    /// EFLAGS.TF was set when the instruction that runs began.
+    pub step_armed: bool,
+    /// EFLAGS.RF was loaded by the instruction that runs, so it stays for the next.
+    pub rf_loaded: bool,
+    /// Epoch of the memory map that the MMU knows.
+    pub map_epoch: u64,
+    /// Initial APIC ID.
+    pub apic_id: u32,
     /// Interrupts are blocked until one more instruction has run.
     pub shadow: bool,
     /// #DB bits (as in DR6) found while an instruction ran, to be raised when it has completed.

@@ -16,6 +16,7 @@ use crate::vcpu::SoftVcpu;
 use accel::{CpuSignals, Error, Irqs, Result, Signal, Slot, SlotId, Vcpu, VcpuConfig, Vm};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::time::SystemTime;
 
 /// Words of the filter of writable pages.
 const FILTER_WORDS: usize = 1024;
@@ -123,8 +124,14 @@ impl Sibling {
 }
 
 /// What the vCPUs of a VM share.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Shared {
+    /// Host TSC when the VM was made: zero of the paravirtual clock.
+    pub start_tsc: u64,
+    /// Thunks of the native units.
+    pub arena: crate::native::Arena,
+    /// Time of day then.
+    pub start_time: SystemTime,
     map: RwLock<Arc<PhysMap>>,
     /// Changes with the memory map, and when dirty logs are turned on or taken.
     pub map_epoch: AtomicU64,
@@ -135,6 +142,23 @@ pub struct Shared {
     /// Serialises locked accesses that no host instruction can do.
     pub split_lock: Mutex<()>,
     next_slot: AtomicU32,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            arena: crate::native::Arena::new(),
+            start_tsc: base::tsc::now(),
+            start_time: SystemTime::now(),
+            map: RwLock::default(),
+            map_epoch: AtomicU64::new(0),
+            siblings: RwLock::default(),
+            dirty_log: AtomicBool::new(false),
+            logged: Mutex::default(),
+            split_lock: Mutex::default(),
+            next_slot: AtomicU32::new(0),
+        }
+    }
 }
 
 impl Shared {

@@ -78,6 +78,9 @@ impl Image {
     fn read_as_backing(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let n = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
         buf[n..].fill(0);
+        if n == 0 {
+            return Ok(());
+        }
         self.read_at(&mut buf[..n], offset)
     }
 

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Bytes of a table entry.
 const ENTRY: u64 = 16;
-/// Function-wide state: enable and mask bits of message control, in the order of its top bits.
+/// Function-wide state is message control's top two bits: enable, and below it the function mask. Vectors are
+/// delivered only when the first is set and the second is not.
 const ENABLED: u8 = 2;
-const MASKED: u8 = 1; // kept for reading the two bits together
 /// Vector control: mask bit.
 const VECTOR_MASKED: u32 = 1;
 

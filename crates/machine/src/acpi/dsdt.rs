@@ -1,6 +1,6 @@
 //! The DSDT: devices that cannot be found by probing.
 
-use super::{AcpiConfig, HPET_BASE, Power, REDUCED_S5_SLEEP_TYPE, S5_SLEEP_TYPE, table};
+use super::{AcpiConfig, HPET_BASE, Power, REDUCED_S5_SLEEP_TYPE, table};
 use crate::topology::Topology;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
@@ -8,6 +8,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 use bus::pci::Route;
+use devices::chipset::AcpiPm;
 
 /// A PCI host bridge with ECAM.
 #[derive(Clone, Debug)]
@@ -113,7 +114,7 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
         sb.push(pci_host(pci));
     }
     let sleep_type = match config.power {
-        Power::Fixed { .. } => Some(S5_SLEEP_TYPE),
+        Power::Fixed { .. } => Some(AcpiPm::S5),
         Power::Reduced { gsi, .. } => {
             sb.extend(event_device(gsi));
             Some(REDUCED_S5_SLEEP_TYPE)

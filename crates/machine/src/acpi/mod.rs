@@ -71,8 +71,6 @@ pub const LAPIC_BASE: u64 = 0xfee0_0000;
 pub const RESET_PORT: u16 = 0xcf9;
 /// What resets it.
 pub const RESET_VALUE: u8 = 0x0f;
-/// S5's SLP_TYP.
-pub const S5_SLEEP_TYPE: u8 = 0;
 /// S5's SLP_TYP with reduced hardware.
 pub const REDUCED_S5_SLEEP_TYPE: u8 = 5;
 

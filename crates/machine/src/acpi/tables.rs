@@ -8,6 +8,7 @@ use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
+use devices::chipset::AcpiPm;
 
 /// FACS (5.2.10): 64 bytes, no checksum.
 pub(super) fn facs() -> Vec<u8> {
@@ -55,8 +56,8 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64, facs: Option<u64>) -> Vec<u8>
             }
             f.sci_int = (SCI_GSI as u16).into();
             f.smi_cmd = 0xb2.into();
-            f.acpi_enable = 2;
-            f.acpi_disable = 3;
+            f.acpi_enable = AcpiPm::ENABLE;
+            f.acpi_disable = AcpiPm::DISABLE;
             (f.pm1_evt_len, f.pm1_cnt_len, f.pm_tmr_len, f.gpe0_blk_len) = (4, 2, 4, 16);
             f.pm1a_evt_blk = u32::from(base).into();
             f.pm1a_cnt_blk = u32::from(base + 4).into();

@@ -70,7 +70,7 @@ impl Builder {
         for (id, (port, gsi)) in ids.iter().zip(SERIAL_PORTS) {
             let chardev = self.take_chardev(id)?;
             let line = self.pin(gsi).line();
-            let serial = self.own(Serial::new(&self.clock, line, chardev));
+            let serial = self.own(Serial::new(chardev, line, &self.timers));
             self.ports(&serial, port, 8, "serial", RegionId(0))?;
             self.acpi.serial.push(SerialPort { port, gsi });
         }

@@ -2,12 +2,12 @@
 
 use super::{Board, Builder};
 use crate::Result;
-use crate::acpi::{PciHost, Power, S5_SLEEP_TYPE, SCI_GSI};
+use crate::acpi::{PciHost, Power, SCI_GSI};
 use crate::blueprint::BoardSpec;
 use crate::kernel::E820;
 use bus::pci::{ConfigPorts, Ecam, HostBridge, PciBus, Windows};
 use bus::{RegionId, Space};
-use devices::chipset::{AcpiPm, I8042, LegacyLine, Port92, Rtc};
+use devices::chipset::{AcpiPm, I8042, LegacyLine, Rtc, RtcBase, SystemPorts};
 
 pub(super) const BOARD: Board =
     Board { name: "q35", about: "Standard PC (Q35 + ICH9, 2009)", low_ram_end, build };
@@ -44,7 +44,7 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     if spec.hpet.unwrap_or(b.irqchip.is_some()) {
         b.hpet(&pit_line, &rtc_line)?;
     }
-    let rtc = b.own(Rtc::new(&b.clock.clone(), rtc_line, &b.memory.clone()));
+    let rtc = b.own(Rtc::new(&b.clock.clone(), rtc_line, RtcBase::Utc));
     b.ports(&rtc, 0x70, 2, "rtc", RegionId(0))?;
     b.acpi.rtc = true;
 
@@ -53,14 +53,20 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     b.ports(&i8042, 0x60, 1, "i8042", I8042::DATA)?;
     b.ports(&i8042, 0x64, 1, "i8042", I8042::COMMAND)?;
     b.acpi.i8042 = true;
-    let port92 = b.own(Port92::new(b.system.clone()));
-    b.ports(&port92, 0x92, 1, "port92", RegionId(0))?;
+    let ports = b.own(SystemPorts::new(b.system.clone()));
+    b.ports(&ports, 0x80, 1, "post", SystemPorts::POST)?;
+    b.ports(&ports, 0x92, 1, "port92", SystemPorts::CONTROL)?;
+    b.ports(&ports, 0xed, 1, "delay", SystemPorts::DELAY)?;
 
     let sci = b.pin(SCI_GSI).line();
-    let pm = b.own(AcpiPm::new(&b.clock.clone(), b.system.clone(), sci, S5_SLEEP_TYPE));
-    b.ports(&pm, PM_BASE, AcpiPm::LEN, "acpi-pm", AcpiPm::BLOCKS)?;
-    b.ports(&pm, 0xb2, 2, "apm", AcpiPm::APM)?;
-    b.power_button = Some(Box::new(move || pm.lock().unwrap_or_else(|e| e.into_inner()).power_button()));
+    let pm = b.own(AcpiPm::new(&b.clock.clone(), sci, b.system.clone()));
+    b.ports(&pm, PM_BASE, AcpiPm::LENGTH as u16, "acpi-pm", AcpiPm::BLOCK)?;
+    b.ports(&pm, 0xb2, 2, "apm", AcpiPm::SMI_COMMAND)?;
+    b.power_button = Some(Box::new(move || {
+        if !pm.lock().unwrap_or_else(|e| e.into_inner()).press_power_button() {
+            tracing::warn!("the guest does not listen to the power button");
+        }
+    }));
     b.acpi.power = Power::Fixed { base: PM_BASE };
 
     let pins = (16..24).map(|gsi| b.pin(gsi)).collect();

@@ -134,7 +134,8 @@ impl Legacy {
         self.fcw = normalise_fcw(fcw);
         self.fsw = summarise(fsw, self.fcw);
         self.ftw = ftw;
-        self.st.rotate_left((self.top() + 8 - old) & 7);
+        let by = (self.top() + 8 - old) & 7;
+        self.st.rotate_left(by);
     }
 
     /// Tag of physical register `n` in the full tag word: 0 valid, 1 zero, 2 special, 3 empty (Intel SDM vol. 1, 8.1.7).
@@ -207,6 +208,8 @@ pub struct Fpu {
     pub fip: u64,
     /// Address of its memory operand: offset in its segment.
     pub fdp: u64,
+    /// Extended control register 0. Changes of it, too, need [`Fpu::control_changed`].
+    pub xcr0: u64,
     /// Bits of [`ready`]: control registers permit, the host's units hold the guest's modes and registers, and no
     /// exception can come of it (all are masked, none is pending).
     pub(crate) ready: u8,
@@ -231,6 +234,7 @@ impl Fpu {
             fop: 0,
             fip: 0,
             fdp: 0,
+            xcr0: xcr0::X87,
             ready: 0,
         };
         // RESET, unlike FNINIT, leaves exceptions masked, all registers zero and *not* empty (Intel SDM vol. 3, 10.1.1).

@@ -123,7 +123,7 @@ impl Cpu {
             return Err(self.raise(vector::NM));
         }
         let mask = u64::from(self.get::<u32>(reg::RDX)) << 32 | u64::from(self.get::<u32>(reg::RAX));
-        Ok(mask & self.xcr0)
+        Ok(mask & self.fpu.xcr0)
     }
 
     fn supervisor_only(&mut self) -> Res<()> {
@@ -196,7 +196,7 @@ impl Cpu {
         let count = self.vector_count();
         let mut b = [0; STANDARD_SIZE];
         self.read_bytes(op.seg(), lin, &mut b[..EXTENDED])?;
-        let Some(plan) = plan(&b[HEADER..EXTENDED], rfbm, self.xcr0, supervisor) else {
+        let Some(plan) = plan(&b[HEADER..EXTENDED], rfbm, self.fpu.xcr0, supervisor) else {
             return Err(self.gp(0));
         };
         let value = Fpu::image_mxcsr(&b);
@@ -236,10 +236,10 @@ impl Cpu {
             return Err(self.ud());
         }
         let value = match self.get::<u32>(reg::RCX) {
-            0 => self.xcr0,
+            0 => self.fpu.xcr0,
             1 => {
                 let mxcsr_used = if self.fpu.mxcsr() != mxcsr::DEFAULT { xcr0::SSE } else { 0 };
-                (self.fpu.in_use() | mxcsr_used) & self.xcr0
+                (self.fpu.in_use() | mxcsr_used) & self.fpu.xcr0
             }
             _ => return Err(self.gp(0)),
         };
@@ -258,7 +258,7 @@ impl Cpu {
         if index != 0 || !valid_xcr0(value) {
             return Err(self.gp(0));
         }
-        self.xcr0 = value;
+        self.fpu.xcr0 = value;
         self.fpu.control_changed();
         Ok(())
     }

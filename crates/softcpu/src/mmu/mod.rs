@@ -13,6 +13,7 @@ mod walk;
 
 pub use atomic::Locked;
 pub use mem::Mem;
+pub(crate) use mem::copy_out;
 pub use tlb::{Context, ExecEntry, NO_TAG, Privilege, SLOW, TLB_BITS, TLB_SIZE, Tlb, TlbEntry, info};
 pub use walk::{Walk, pf};
 
@@ -42,6 +43,8 @@ pub struct Mmu {
     pub tlb: Tlb,
     /// Physical address space, as of the epoch seen last.
     pub phys: Arc<PhysMap>,
+    /// Maps in force earlier, whose memory the instruction that runs may still be using.
+    pub old_maps: Vec<Arc<PhysMap>>,
     /// The page-directory pointers of PAE paging, as loaded with CR3.
     pub pdpte: [u64; 4],
     /// Physical address width (MAXPHYADDR).
@@ -58,6 +61,7 @@ impl Mmu {
         Self {
             tlb: Tlb::new(),
             phys,
+            old_maps: Vec::new(),
             pdpte: [0; 4],
             phys_bits: phys_bits.clamp(32, 52),
             apic_page: None,

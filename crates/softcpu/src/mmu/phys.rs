@@ -140,3 +140,11 @@ impl PhysMap {
         done
     }
 }
+
+impl Page<'_> {
+    /// Stores a byte at the offset that `gpa` has within a page.
+    pub fn put(&self, gpa: u64, byte: u8) {
+        // SAFETY: inside the page.
+        unsafe { self.host.add((gpa & (PAGE_SIZE - 1)) as usize).write_volatile(byte) };
+    }
+}

@@ -192,7 +192,7 @@ mod tests {
     use crate::native::recipe::recipe;
     use iced_x86::{Decoder, DecoderOptions};
 
-    fn thunk(bytes: &[u8]) -> (Vec<u8>, [Slot; 4]) {
+    fn thunk(bytes: &[u8]) -> (Vec<u8>, Slots) {
         let i = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
         emit(&i, &recipe(&i).unwrap()).unwrap()
     }

@@ -312,6 +312,20 @@ impl Header {
 
     /// The header cluster's bytes (fields, extensions, backing name); refuses what does not fit a cluster.
     pub(super) fn encode(&self) -> Result<Vec<u8>> {
+        let out = self.encode_with(true)?;
+        // In the smallest clusters the names of features, which only serve error messages, make room for the rest.
+        let out = if out.len() as u64 > self.cluster_size() { self.encode_with(false)? } else { out };
+        if out.len() as u64 > self.cluster_size() {
+            return Err(Error::usage(format!(
+                "The header ({} bytes) does not fit a cluster of {} bytes; use larger clusters or a shorter backing file name",
+                out.len(),
+                self.cluster_size()
+            )));
+        }
+        Ok(out)
+    }
+
+    fn encode_with(&self, names: bool) -> Result<Vec<u8>> {
         let mut out = Vec::with_capacity(1024);
         out.extend(MAGIC);
         out.extend(self.version.to_be_bytes());
@@ -350,7 +364,7 @@ impl Header {
         if let Some((offset, len)) = self.crypto {
             extension(EXT_CRYPTO, &[offset.to_be_bytes(), len.to_be_bytes()].concat());
         }
-        if self.version >= 3 {
+        if self.version >= 3 && names {
             extension(EXT_FEATURE_NAMES, &feature_names());
         }
         if let Some(b) = self.bitmaps {
@@ -373,13 +387,6 @@ impl Header {
                 return Err(Error::usage("Backing file name too long"));
             }
             out.extend(name);
-        }
-        if out.len() as u64 > self.cluster_size() {
-            return Err(Error::usage(format!(
-                "The header ({} bytes) does not fit a cluster of {} bytes; use larger clusters or a shorter backing file name",
-                out.len(),
-                self.cluster_size()
-            )));
         }
         Ok(out)
     }

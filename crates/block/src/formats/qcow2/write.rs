@@ -295,7 +295,12 @@ impl Qcow2 {
                     let to = (end - cluster).min(geo.cluster_size);
                     // A clamped tail still makes the whole subcluster valid: what is missing lies past the disk.
                     let written = self.touched(from, to);
-                    let kept = if piece.cookie == 0 && old & COMPRESSED == 0 { slot.0.get(slot.1 + 1) } else { 0 };
+                    // Where nothing was stored before, subclusters may still be marked as zeros.
+                    let kept = if old & COMPRESSED == 0 && (piece.cookie == 0 || old & OFFSET == 0) {
+                        slot.0.get(slot.1 + 1)
+                    } else {
+                        0
+                    };
                     bitmap = (kept & !(written | written << 32)) | written;
                 }
                 self.set_entry(&slot, new, bitmap);

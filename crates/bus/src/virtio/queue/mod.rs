@@ -130,6 +130,11 @@ impl Queue {
         self.broken
     }
 
+    /// Stops the queue until reset, for a request whose form is wrong; the device calls [`super::Interrupt::fail`].
+    pub fn mark_broken(&mut self) {
+        self.broken = true;
+    }
+
     fn guard<T>(&mut self, f: impl FnOnce(&mut Ring, &GuestMemory) -> Result<T, QueueError>) -> Result<T, QueueError> {
         if self.broken {
             return Err(QueueError::Broken);
