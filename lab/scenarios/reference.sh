@@ -1,6 +1,6 @@
 # Boots the test guest on KVM with QEMU: shows that the lab itself works.
 #
-# needs: qemu guest tiny
+# needs: qemu guest tiny stopwatch
 # default: no
 
 . "$LAB/lib.sh"

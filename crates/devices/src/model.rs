@@ -1,5 +1,6 @@
 //! The table of models that users can name (`--device NAME,...`).
 
+use crate::chipset;
 use crate::virtio::{self, VirtioDevice};
 use base::props::{Bag, PropError, Properties};
 use base::{Timers, nearest};
@@ -15,6 +16,13 @@ pub trait Parts {
     fn timers(&self) -> &Timers;
     /// Requests to the machine.
     fn system(&self) -> &System;
+    /// A line into ISA interrupt `irq` (0..16).
+    ///
+    /// # Errors
+    /// The machine has no such interrupt.
+    fn isa_irq(&mut self, irq: u8) -> Result<bus::IrqLine, CreateError> {
+        Err(CreateError::Other(format!("this machine has no ISA interrupts, so no IRQ {irq}")))
+    }
     /// Number of vCPUs, for devices whose queues default to one for each.
     fn vcpus(&self) -> u32 {
         1
@@ -81,7 +89,15 @@ pub struct Model {
 
 /// All models.
 pub fn models() -> &'static [&'static Model] {
-    &[&virtio::blk::MODEL, &virtio::console::MODEL, &virtio::rng::MODEL]
+    &[
+        &chipset::debug_exit::MODEL,
+        &chipset::debugcon::MODEL,
+        &chipset::pvpanic::MODEL,
+        &chipset::serial::MODEL,
+        &virtio::blk::MODEL,
+        &virtio::console::MODEL,
+        &virtio::rng::MODEL,
+    ]
 }
 
 /// The model a user names. Virtio models answer to `NAME-pci`, `NAME-device` (virtio-mmio) and the bare name.

@@ -45,22 +45,25 @@ const fn bits(positions: &[u32]) -> u32 {
 /// Leaf 1 EDX: FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFLUSH, MMX,
 /// FXSR, SSE, SSE2.
 const ONE_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26]);
-/// Leaf 1 ECX, what needs nothing of the host: CMPXCHG16B, PCID, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, hypervisor.
-const ONE_ECX: u32 = bits(&[13, 17, 21, 22, 23, 24, 26, 31]);
+/// Leaf 1 ECX, what needs nothing of the host: PCID, x2APIC, MOVBE, TSC deadline, XSAVE, hypervisor.
+const ONE_ECX: u32 = bits(&[17, 21, 22, 24, 26, 31]);
+/// Leaf 1 ECX, what the host executes: CMPXCHG16B, POPCNT, RDRAND.
+const ONE_ECX_HOST: u32 = bits(&[13, 23, 30]);
 /// Leaf 1 ECX: OSXSAVE, which mirrors CR4.
 const OSXSAVE: u32 = 1 << 27;
 /// Leaf 1 EDX: the local APIC is enabled in IA32_APIC_BASE.
 const APIC: u32 = 1 << 9;
-/// Leaf 7 EBX, what needs nothing of the host: FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, x87 selectors
-/// deprecated, ADX, SMAP, CLFLUSHOPT, CLWB.
-const SEVEN_EBX: u32 = bits(&[0, 1, 3, 7, 8, 9, 10, 13, 19, 20, 23, 24]);
+/// Leaf 7 EBX, what needs nothing of the host: FSGSBASE, TSC_ADJUST, SMEP, ERMS, INVPCID, x87 selectors deprecated, SMAP,
+/// CLFLUSHOPT, CLWB.
+const SEVEN_EBX: u32 = bits(&[0, 1, 7, 9, 10, 13, 20, 23, 24]);
+/// Leaf 7 EBX, what the host executes: BMI1, BMI2, RDSEED, ADX.
+const SEVEN_EBX_HOST: u32 = bits(&[3, 8, 18, 19]);
 /// Leaf 7 ECX: UMIP, RDPID.
 const SEVEN_ECX: u32 = bits(&[2, 22]);
-/// RDRAND in leaf 1 ECX and RDSEED in leaf 7 EBX.
-const RDRAND: u32 = 30;
-const RDSEED: u32 = 18;
-/// Leaf 8000_0001 ECX: LAHF in 64-bit mode, LZCNT, PREFETCHW, topology extensions.
-const EXT_ECX: u32 = bits(&[0, 5, 8, 22]);
+/// Leaf 8000_0001 ECX, what needs nothing of the host: LAHF in 64-bit mode, PREFETCHW, topology extensions.
+const EXT_ECX: u32 = bits(&[0, 8, 22]);
+/// Leaf 8000_0001 ECX, what the host executes: LZCNT.
+const EXT_ECX_HOST: u32 = bits(&[5]);
 /// Leaf 8000_0001 EDX: what it repeats of leaf 1, and SYSCALL, NX, MMX extensions, 1 GiB pages, RDTSCP, long mode.
 const EXT_EDX: u32 = ONE_EDX & 0x0183_f3ff | bits(&[11, 20, 22, 26, 27, 29]);
 /// Leaf 8000_0008 EBX: x87 error pointers always saved; not vulnerable to speculative store bypass and branch type
@@ -88,7 +91,7 @@ pub fn supported() -> Cpuid {
     };
     let vendor = |max: u32| [max, word(VENDOR, 0), word(VENDOR, 8), word(VENDOR, 4)];
     set(0, vendor(MAX_BASIC));
-    let one_ecx = ONE_ECX | host.vector_bits(Leaf::OneEcx) | u32::from(host.bit(Leaf::OneEcx, RDRAND)) << RDRAND;
+    let one_ecx = ONE_ECX | host.vector_bits(Leaf::OneEcx) | host.word(Leaf::OneEcx) & ONE_ECX_HOST;
     set(1, [SIGNATURE, 8 << 8, one_ecx, ONE_EDX]);
     // The APIC timer runs in every power state.
     set(6, [1 << 2, 0, 0, 0]);
@@ -99,7 +102,8 @@ pub fn supported() -> Cpuid {
     // TSC and APIC timer frequency in kHz; the APIC's bus clock is 1 GHz, as KVM's.
     set(0x4000_0010, [khz, 1_000_000, 0, 0]);
     set(0x8000_0000, vendor(MAX_EXTENDED));
-    set(0x8000_0001, [SIGNATURE, 0x4000_0000, EXT_ECX, EXT_EDX]);
+    let ext_ecx = EXT_ECX | host.word(Leaf::ExtEcx) & EXT_ECX_HOST;
+    set(0x8000_0001, [SIGNATURE, 0x4000_0000, ext_ecx, EXT_EDX]);
     for i in 0..3 {
         let at = i as usize * 16;
         let text = [word(BRAND, at), word(BRAND, at + 4), word(BRAND, at + 8), word(BRAND, at + 12)];
@@ -121,7 +125,7 @@ pub fn supported() -> Cpuid {
         let e = table.entry(leaf, subleaf, true);
         (e.eax, e.ebx, e.ecx, e.edx) = (eax, ebx, ecx, edx);
     };
-    let seven_ebx = SEVEN_EBX | host.vector_bits(Leaf::SevenEbx) | u32::from(host.bit(Leaf::SevenEbx, RDSEED)) << RDSEED;
+    let seven_ebx = SEVEN_EBX | host.vector_bits(Leaf::SevenEbx) | host.word(Leaf::SevenEbx) & SEVEN_EBX_HOST;
     set(7, 0, [1, seven_ebx, SEVEN_ECX | host.vector_bits(Leaf::SevenEcx), 0]);
     set(7, 1, [host.vector_bits(Leaf::SevenOneEax), 0, 0, 0]);
     // The sizes of the area for what XCR0 enables are filled in by `query`.

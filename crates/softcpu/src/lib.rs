@@ -27,6 +27,7 @@ pub mod op;
 pub mod state;
 mod stats;
 mod system;
+mod segments;
 mod task;
 mod vcpu;
 pub mod vm;

@@ -285,7 +285,8 @@ impl Cpu {
     }
 
     fn set_efer(&mut self, value: u64) -> Option<()> {
-        let allowed = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE | cr::EFER_FFXSR;
+        let allowed =
+            cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE | cr::EFER_FFXSR | cr::EFER_AUTOIBRS;
         if value & !allowed != 0 || (value ^ self.efer) & cr::EFER_LME != 0 && self.cr0 & cr::CR0_PG != 0 {
             return None;
         }

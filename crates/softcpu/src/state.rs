@@ -100,6 +100,7 @@ pub mod cr {
     pub const EFER_NXE: u64 = 1 << 11;
     pub const EFER_SVME: u64 = 1 << 12;
     pub const EFER_FFXSR: u64 = 1 << 14;
+    pub const EFER_AUTOIBRS: u64 = 1 << 21;
 }
 
 /// A segment register with its hidden part.

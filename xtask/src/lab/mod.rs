@@ -20,7 +20,7 @@ use scenario::Scenario;
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Scenarios to run; those of the default set if none is named
+    /// Scenarios to run, or files of such (with a slash in their name); those of the default set if none is named
     scenarios: Vec<String>,
     /// List the scenarios
     #[arg(long)]
@@ -59,7 +59,7 @@ pub fn task(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let chosen = scenario::choose(&all, &options.scenarios)?;
+    let chosen = scenario::choose(all, &options.scenarios)?;
     let material = prepare(&chosen, options.kvasir.clone())?;
     if options.shell {
         let scenario = chosen.first().context("no scenario")?;
@@ -67,7 +67,7 @@ pub fn task(options: &Options) -> Result<ExitCode> {
         return run::interactive(&host);
     }
     let mut failed = Vec::new();
-    for scenario in chosen {
+    for scenario in &chosen {
         let outcome = if run_directly(scenario, options) {
             run::direct(scenario, &material)?
         } else {
@@ -117,7 +117,7 @@ fn has_hardware_kvm() -> bool {
     virtualization && std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-fn prepare(scenarios: &[&Scenario], kvasir: Option<PathBuf>) -> Result<Material> {
+fn prepare(scenarios: &[Scenario], kvasir: Option<PathBuf>) -> Result<Material> {
     let guest = guest::prepare(false)?;
     let directory = paths::cache()?.join("lab");
     std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;

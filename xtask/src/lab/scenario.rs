@@ -45,6 +45,12 @@ impl Scenario {
         self.needs.iter().any(|need| need == what)
     }
 
+    /// Reads a scenario file.
+    pub fn read(path: &Path) -> Result<Scenario> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        Scenario::parse(path, &text)
+    }
+
     fn parse(path: &Path, text: &str) -> Result<Scenario> {
         let name = path.file_stem().context("no name")?.to_string_lossy().into_owned();
         let mut scenario = Scenario {
@@ -112,23 +118,27 @@ pub fn all() -> Result<Vec<Scenario>> {
     for entry in std::fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "sh") {
-            let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            scenarios.push(Scenario::parse(&path, &text)?);
+            scenarios.push(Scenario::read(&path)?);
         }
     }
     scenarios.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(scenarios)
 }
 
-/// The named scenarios, or the default set.
-pub fn choose<'a>(all: &'a [Scenario], names: &[String]) -> Result<Vec<&'a Scenario>> {
+/// The chosen scenarios: those named, or the default set. What contains a slash is a file of its own.
+pub fn choose(mut all: Vec<Scenario>, names: &[String]) -> Result<Vec<Scenario>> {
     if names.is_empty() {
-        return Ok(all.iter().filter(|scenario| scenario.default).collect());
+        all.retain(|scenario| scenario.default);
+        return Ok(all);
     }
+    let known = all.iter().map(|scenario| scenario.name.clone()).collect::<Vec<_>>().join(", ");
     let find = |name: &String| {
-        let known = || all.iter().map(|scenario| scenario.name.as_str()).collect::<Vec<_>>().join(", ");
-        let found = all.iter().find(|scenario| scenario.name == *name);
-        found.with_context(|| format!("no scenario {name}; there is {}", known()))
+        if name.contains('/') {
+            return Scenario::read(Path::new(name));
+        }
+        let found = all.iter().position(|scenario| scenario.name == *name);
+        let index = found.with_context(|| format!("no scenario {name} (named twice?); there is {known}"))?;
+        Ok(all.swap_remove(index))
     };
     names.iter().map(find).collect()
 }
@@ -167,7 +177,14 @@ mod tests {
     fn the_scenarios_here_are_well_formed() {
         let all = all().expect("every head parses");
         assert!(all.iter().any(|scenario| scenario.name == "boot" && scenario.default));
-        assert!(choose(&all, &["no-such".to_owned()]).is_err());
-        assert!(!choose(&all, &[]).expect("default set").is_empty());
+        assert!(choose(all, &["no-such".to_owned()]).is_err());
+        let names =
+            |chosen: Vec<Scenario>| chosen.into_iter().map(|scenario| scenario.name).collect::<Vec<_>>();
+        assert!(
+            names(choose(super::all().expect("again"), &[]).expect("default set"))
+                .contains(&"boot".to_owned())
+        );
+        let two = ["reference", "boot"].map(str::to_owned);
+        assert_eq!(names(choose(super::all().expect("again"), &two).expect("two")), two);
     }
 }

@@ -3,6 +3,7 @@
 //! A format is a module with a `pub static DRIVER: Driver`; adding one is its name in the [`formats!`] line below.
 
 mod api;
+mod support;
 
 pub use api::*;
 
@@ -15,7 +16,12 @@ macro_rules! formats {
     };
 }
 
-formats! { qcow2, raw }
+formats! {
+    qcow2,
+    vdi,
+    vpc,
+    raw,
+}
 
 /// The format called `name`.
 pub fn find(name: &str) -> Option<&'static Driver> {

@@ -5,7 +5,7 @@ use crate::{
     Error, Result,
     formats::{self, Extent, Mapping, Preallocation, ProbeInput, WriteExtent},
     range_lock::RangeGuard,
-    storage::{Storage, ZEROS, Zeroing},
+    storage::{Held, Storage, ZEROS, Zeroing},
 };
 use std::{
     cell::RefCell,
@@ -180,6 +180,12 @@ impl Image {
 
     /// Writes `buf` at `offset`.
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_in_turn(buf, offset, &mut || {})
+    }
+
+    /// Writes `buf` at `offset`, and calls `placed` once its place is decided, before the data moves. Writers that take
+    /// turns until then lay out an image in order, and still move their data at the same time.
+    pub fn write_in_turn(&self, buf: &[u8], offset: u64, placed: &mut dyn FnMut()) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, buf.len() as u64)?;
         if buf.is_empty() {
@@ -193,10 +199,19 @@ impl Image {
             return self.write_zeroes(offset, buf.len() as u64, unmap);
         }
         match (self.format.flat(), self.format.cipher()) {
-            (Some(base), None) => self.storage().write_at(buf, base + offset)?,
+            (Some(base), None) => {
+                placed();
+                self.storage().write_at(buf, base + offset)?;
+            }
             _ => {
+                let last = (buf.len() as u64 - 1) / MAX_PIECE;
                 for (i, piece) in buf.chunks(MAX_PIECE as usize).enumerate() {
-                    self.write_piece(piece, offset + i as u64 * MAX_PIECE)?;
+                    let mut hook = || {
+                        if i as u64 == last {
+                            placed();
+                        }
+                    };
+                    self.write_piece(piece, offset + i as u64 * MAX_PIECE, &mut hook)?;
                 }
             }
         }
@@ -222,7 +237,7 @@ impl Image {
         ))
     }
 
-    fn write_piece(&self, buf: &[u8], offset: u64) -> Result<()> {
+    fn write_piece(&self, buf: &[u8], offset: u64, placed: &mut dyn FnMut()) -> Result<()> {
         {
             let _guard = self.shared(offset, buf.len() as u64);
             let in_place = with_extents(|extents| {
@@ -238,6 +253,7 @@ impl Image {
                     }
                     covered = extents.last().map_or(0, |e| e.offset + e.len - offset);
                 }
+                placed();
                 self.format.note_write(offset, buf.len() as u64)?;
                 for e in extents.iter() {
                     if let Mapping::Data { file, host, .. } = e.mapping {
@@ -253,11 +269,11 @@ impl Image {
         }
         let _guard = self.exclusive(offset, buf.len() as u64);
         self.forget_decoded();
-        self.write_exclusive(buf, offset)
+        self.write_exclusive(buf, offset, placed)
     }
 
     /// Writes with allocation, while the caller holds the range exclusively.
-    fn write_exclusive(&self, buf: &[u8], offset: u64) -> Result<()> {
+    fn write_exclusive(&self, buf: &[u8], offset: u64, placed: &mut dyn FnMut()) -> Result<()> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < buf.len() as u64 {
@@ -265,6 +281,9 @@ impl Image {
             self.format.prepare_write(offset + done, buf.len() as u64 - done, &mut pieces)?;
             if pieces.is_empty() {
                 return Err(Error::invalid("the format prepared nothing"));
+            }
+            if pieces.iter().map(|p| p.len).sum::<u64>() == buf.len() as u64 - done {
+                placed();
             }
             for piece in &pieces {
                 let at = (piece.offset - offset) as usize;
@@ -401,7 +420,7 @@ impl Image {
             }
             match (self.format.flat(), self.format.cipher()) {
                 (Some(base), None) => self.storage().write_at(&ZEROS[..n as usize], base + at)?,
-                _ => self.write_piece(&ZEROS[..n as usize], at)?,
+                _ => self.write_piece(&ZEROS[..n as usize], at, &mut || {})?,
             }
             at += n;
         }
@@ -478,6 +497,34 @@ impl Image {
         })
     }
 
+    /// Whether a file takes clearly less space than its length: only then looking for holes is worth the system calls.
+    fn storage_is_sparse(&self, file: u16) -> bool {
+        let Some(storage) = self.format.storages().get(usize::from(file)) else { return false };
+        match (storage.allocated_size(), storage.size()) {
+            (Some(allocated), Ok(size)) => allocated.saturating_add(1 << 20) < size,
+            _ => false,
+        }
+    }
+
+    /// Splits an entry where the file it lies in has holes.
+    fn split_holes(&self, entry: MapEntry, host: u64, out: &mut Vec<MapEntry>) -> Result<()> {
+        let storage = self.storage_of(entry.file)?;
+        let mut done = 0;
+        while done < entry.length {
+            let (held, n) = storage.held(host + done, entry.length - done)?;
+            let n = n.clamp(1, entry.length - done);
+            out.push(MapEntry {
+                start: entry.start + done,
+                length: n,
+                zero: held == Held::Hole,
+                offset: Some(host + done),
+                ..entry
+            });
+            done += n;
+        }
+        Ok(())
+    }
+
     fn map_extent(&self, e: &Extent, depth: u32, out: &mut Vec<MapEntry>) -> Result<()> {
         let mut entry = MapEntry {
             start: e.offset,
@@ -496,6 +543,10 @@ impl Image {
                 entry.file = file;
                 if self.format.cipher().is_none() {
                     entry.offset = Some(host);
+                    // Space may be allocated that the host's file system does not hold: then it reads as zeros.
+                    if self.format.flat().is_none() && self.storage_is_sparse(file) {
+                        return self.split_holes(entry, host, out);
+                    }
                 }
             }
             Mapping::Compressed { file, .. } => {

@@ -30,6 +30,8 @@ mod host;
 mod intx;
 mod msi;
 mod msix;
+#[cfg(test)]
+mod tests;
 
 pub use assign::{AssignError, Windows};
 pub use bar::{Bar, BarKind};

@@ -31,6 +31,10 @@ mod device;
 mod mmio;
 mod pci;
 mod queue;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Chain, Reader, Segment, Writer};
 pub use device::{Activation, Interrupt, InterruptSink, SharedQueue, VirtioDevice};

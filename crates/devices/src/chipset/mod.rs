@@ -6,19 +6,41 @@
 //! Lock order: a device's own lock, then the interrupt pin, then the 8259 pair or the IOAPIC. Local APICs have no lock
 //! that is held while anything else is taken; the timer service's lock is a leaf.
 
-pub mod acpi_reduced;
+mod acpi_pm;
+mod acpi_reduced;
+mod calendar;
 mod clock;
+#[cfg(test)]
+mod conformance;
+pub mod debug_exit;
+pub mod debugcon;
+mod hpet;
+mod i8042;
 mod ioapic;
 mod irqchip;
 mod lapic;
 mod lapic_timer;
 mod legacy;
 mod message;
+mod output;
 mod pic;
-pub mod pit;
+mod pit;
+mod ports;
+mod ps2;
 pub mod pvpanic;
+mod rtc;
+pub mod serial;
 
+pub use acpi_pm::AcpiPm;
+pub use acpi_reduced::ReducedPower;
 pub use clock::{Clock, ClockTimer};
+pub use debug_exit::DebugExit;
+pub use debugcon::DebugCon;
+pub use hpet::Hpet;
+pub use i8042::I8042;
 pub use irqchip::{ApicCpu, Irqchip, IrqchipDevice};
 pub use legacy::LegacyLine;
 pub use pit::Pit;
+pub use ports::SystemPorts;
+pub use rtc::{Rtc, RtcBase};
+pub use serial::Serial;

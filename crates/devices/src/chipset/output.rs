@@ -16,6 +16,8 @@ const DELAY: Duration = Duration::from_millis(1);
 pub(super) struct Output {
     shared: Arc<Shared>,
     timer: Timer,
+    // Timers live as long as their service.
+    _timers: Timers,
 }
 
 struct Shared {
@@ -55,7 +57,7 @@ impl Output {
                 shared.send(&mut buffer);
             }
         });
-        Self { shared, timer }
+        Self { shared, timer, _timers: timers.clone() }
     }
 
     /// The back end.

@@ -208,7 +208,7 @@ impl Inner {
         if self.b() & B_24_HOURS != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = (hour + 11) % 12 + 1;
         self.encode(twelve) | if hour >= 12 { 0x80 } else { 0 }
     }
 
@@ -225,7 +225,8 @@ impl Inner {
 
     /// Sets the time shown, keeping the fraction of the second.
     fn set(&mut self, to: DateTime) {
-        let to = to.to_unix();
+        // Odd months and days carry over; the year stays one that the century byte can show.
+        let to = DateTime { year: to.year.clamp(0, 9_999), ..to }.to_unix();
         if self.frozen.is_some() {
             self.frozen = Some(to);
         } else {
@@ -279,6 +280,9 @@ impl Inner {
         let (second, minute) = (wanted(reg::SECONDS_ALARM), wanted(reg::MINUTES_ALARM));
         let hour = byte(reg::HOURS_ALARM);
         let hour = (hour & 0xc0 != 0xc0).then(|| self.decode_hour(hour));
+        if second.is_some_and(|s| s > 59) || minute.is_some_and(|m| m > 59) || hour.is_some_and(|h| h > 23) {
+            return None;
+        }
         // The smallest time of day from `from` on that matches.
         let in_day = |from: i64| {
             let all = |w: Option<u8>, n: i64| (0..n).filter(move |v| w.is_none_or(|w| i64::from(w) == *v));
@@ -566,6 +570,7 @@ mod tests {
     #[test]
     fn update_interrupt_once_until_read() {
         let mut r = Rig::new();
+        r.put(reg::A, 0x20);
         r.put(reg::B, UPDATE | B_24_HOURS);
         r.seconds(5);
         assert_eq!((r.edges(), r.get(reg::C)), (1, 0x90));
@@ -580,6 +585,7 @@ mod tests {
     #[test]
     fn alarm() {
         let mut r = Rig::new();
+        r.put(reg::A, 0x20);
         r.put(reg::HOURS_ALARM, 0);
         r.put(reg::MINUTES_ALARM, 0xff);
         r.put(reg::SECONDS_ALARM, 0x30);

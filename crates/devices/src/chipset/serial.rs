@@ -347,7 +347,11 @@ impl Port {
                 }
                 lsr.bits()
             }
-            6 => std::mem::replace(&mut r.msr, r.msr & 0xf0),
+            6 => {
+                let msr = r.msr;
+                r.msr &= 0xf0;
+                msr
+            }
             _ => return r.scratch,
         };
         after.resume = self.take_refused();

@@ -74,15 +74,16 @@ fn path(name: &str) -> Path {
     Path::new(name)
 }
 
-fn hid(id: &str) -> Raw {
+fn hid(id: &'static str) -> Raw {
     // PNP-style IDs (three letters, four digits) are compressed EISA IDs; others are strings.
     if id.len() == 7 { aml(&Name::new(path("_HID"), &EISAName::new(id))) } else { aml(&Name::new(path("_HID"), &id)) }
 }
 
-fn device(name: &str, id: &str, uid: u32, resources: Vec<&dyn Aml>) -> Raw {
+fn device<'a>(name: &str, id: &'static str, uid: u32, resources: Vec<&'a (dyn Aml + 'a)>) -> Raw {
+    let resources = aml(&ResourceTemplate::new(resources));
     aml(&Device::new(
         path(name),
-        vec![&hid(id), &aml(&Name::new(path("_UID"), &uid)), &aml(&Name::new(path("_CRS"), &ResourceTemplate::new(resources)))],
+        vec![&hid(id), &Name::new(path("_UID"), &uid), &Name::new(path("_CRS"), &resources)],
     ))
 }
 

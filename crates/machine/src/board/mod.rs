@@ -16,7 +16,7 @@ use accel::{Accel, CpuSignals, Irqs, Slot, Vcpu, VcpuConfig, Vm};
 use base::{Timers, nearest};
 use bus::pci::{PciBus, Windows};
 use bus::{Bus, IrqPin, SharedDevice, System};
-use devices::chipset::{ApicCpu, Clock, Irqchip, IrqchipDevice};
+use devices::chipset::{ApicCpu, Clock, Irqchip};
 use memory::{GuestMemory, Layout};
 use std::collections::BTreeMap;
 use std::sync::Arc;

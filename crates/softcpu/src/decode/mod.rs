@@ -151,6 +151,7 @@ fn build(cpu: &Cpu, window: &Window, lin: u64) -> Result<(Vec<Op>, u32, u32), Sh
     let mut ctx = Ctx { mode, rip: cpu.rip, page_offset: (lin & 0xfff) as u32, end: 0, arena: &cpu.vm.arena };
     let mut ins = Instruction::default();
     let mut count = 0;
+    let mut ended = false;
     loop {
         let off = decoder.position();
         decoder.decode_out(&mut ins);
@@ -178,19 +179,15 @@ fn build(cpu: &Cpu, window: &Window, lin: u64) -> Result<(Vec<Op>, u32, u32), Sh
         count += 1;
         if flow == Flow::End {
             ops.push(pseudo(interp::fallthrough_far, end as u16));
+            ended = true;
             break;
         }
-        if count as usize >= most || window.page_end && end == window.len {
-            ops.push(pseudo(ctx.fallthrough(), end as u16));
+        if count as usize >= most || end == window.len {
             break;
         }
     }
-    if let Some(last) = ops.last()
-        && (last.handler as usize) != (interp::fallthrough_far as Handler as usize)
-        && (last.handler as usize) != (ctx.fallthrough() as usize)
-    {
-        let end = ctx.end;
-        ops.push(pseudo(ctx.fallthrough(), end));
+    if !ended {
+        ops.push(pseudo(ctx.fallthrough(), ctx.end));
     }
     let len = ctx.end as u32;
     Ok((ops, count, len))

@@ -1,7 +1,7 @@
 //! From segment and offset to linear address (Intel SDM vol. 3, 6.3 to 6.6).
 
 use crate::fault::{Res, vector};
-use crate::state::{Cpu, attr, reg, seg};
+use crate::state::{Cpu, Seg, attr, reg, seg};
 
 impl Cpu {
     /// Linear address of `len` bytes at `offset` in a segment, with the checks of the current mode. `offset` is
@@ -25,6 +25,11 @@ impl Cpu {
     #[cold]
     fn linear_checked(&mut self, s: usize, offset: u32, len: u32, write: bool) -> Res<u64> {
         let g = self.seg[s];
+        self.linear_in(&g, s, offset, len, write, 0)
+    }
+
+    /// Linear address in a given segment, used as segment register `s`; `error` is the code of a fault.
+    pub(crate) fn linear_in(&mut self, g: &Seg, s: usize, offset: u32, len: u32, write: bool, error: u32) -> Res<u64> {
         let last = offset.wrapping_add(len.wrapping_sub(1));
         let mut ok = g.usable() && last >= offset;
         if self.protected() && !self.v86() {
@@ -39,7 +44,7 @@ impl Cpu {
         }
         if !ok {
             let v = if s == seg::SS { vector::SS } else { vector::GP };
-            return Err(self.raise_with(v, 0));
+            return Err(self.raise_with(v, error));
         }
         Ok(g.base.wrapping_add(offset as u64) as u32 as u64)
     }

@@ -90,16 +90,19 @@ impl Host {
         self.avx
     }
 
-    /// Bit `bit` of a CPUID word of the host.
-    pub fn bit(&self, leaf: Leaf, bit: u32) -> bool {
-        let word = match leaf {
+    /// A CPUID word of the host.
+    pub fn word(&self, leaf: Leaf) -> u32 {
+        match leaf {
             Leaf::OneEcx => self.leaf1_ecx,
             Leaf::SevenEbx => self.leaf7_ebx,
             Leaf::SevenEcx => self.leaf7_ecx,
             Leaf::SevenOneEax => self.leaf7_1_eax,
             Leaf::ExtEcx => self.ext_ecx,
-        };
-        word >> bit & 1 != 0
+        }
+    }
+
+    fn bit(&self, leaf: Leaf, bit: u32) -> bool {
+        self.word(leaf) >> bit & 1 != 0
     }
 
     /// CPUID bits of `leaf` that vector features executed natively set for the guest.

@@ -31,11 +31,29 @@ use emit::Entry;
 use iced_x86::{Instruction, OpKind, Register};
 use recipe::{Class, MemAccess, Recipe};
 
+/// Code in the arena. Equal thunks have one address, so the address tells them apart.
+#[derive(Clone, Copy, Debug)]
+struct Code(Entry);
+
+impl PartialEq for Code {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 as usize == other.0 as usize
+    }
+}
+
+impl Eq for Code {}
+
+impl std::hash::Hash for Code {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        (self.0 as usize).hash(state);
+    }
+}
+
 /// What the handlers know about an instruction, beside the operation itself. One exists for each distinct thunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Thunk {
     /// The code; absent for special instructions.
-    entry: Option<Entry>,
+    entry: Option<Code>,
     /// Dedicated code.
     special: Option<Special>,
     /// Flags it writes, as in [`crate::Cpu::cc`].
@@ -88,7 +106,7 @@ pub fn lower(i: &Instruction, bytes: &[u8], mode: Mode, arena: &Arena, op: &mut 
 }
 
 /// A thunk's entry if it needs one, and the register slots.
-fn code(i: &Instruction, recipe: &Recipe, arena: &Arena) -> Option<(Option<Entry>, emit::Slots)> {
+fn code(i: &Instruction, recipe: &Recipe, arena: &Arena) -> Option<(Option<Code>, emit::Slots)> {
     if recipe.special.is_some() {
         let mut slots = [0; 3];
         let registers = (0..i.op_count()).filter(|k| i.op_kind(*k) == OpKind::Register).map(|k| i.op_register(k));
@@ -101,7 +119,7 @@ fn code(i: &Instruction, recipe: &Recipe, arena: &Arena) -> Option<(Option<Entry
         return Some((None, slots));
     }
     let (bytes, slots) = emit::emit(i, recipe)?;
-    Some((arena.install(&bytes), slots))
+    Some((arena.install(&bytes).map(Code), slots))
 }
 
 /// The 11 bits of an x87 opcode that FOP holds.

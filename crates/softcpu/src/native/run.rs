@@ -1,7 +1,7 @@
 //! Handlers of operations that call a thunk.
 #![allow(unsafe_code)] // calling generated code
 
-use super::Thunk;
+use super::{Code, Thunk};
 use super::check::Exceptions;
 use super::recipe::{Class, MemAccess};
 use super::special::Special;
@@ -23,15 +23,23 @@ pub(super) fn handler(t: &Thunk) -> Handler {
         return no_code;
     }
     // Flags as input or output, both an x87 and a vector unit: rare enough for one general handler.
-    let simple = t.cc == 0 && !t.reads_flags && !(t.x87 && matches!(t.class, Class::Sse | Class::Avx));
-    match (t.class, t.access) {
-        (Class::Sse, MemAccess::None) if simple => register::<{ ready::SSE }>,
-        (Class::Sse, MemAccess::Read) if simple => load::<{ ready::SSE }>,
-        (Class::Sse, MemAccess::Write) if simple => store::<{ ready::SSE }>,
-        (Class::Avx, MemAccess::None) if simple => register::<{ ready::AVX }>,
-        (Class::Avx, MemAccess::Read) if simple => load::<{ ready::AVX }>,
-        (Class::Avx, MemAccess::Write) if simple => store::<{ ready::AVX }>,
-        _ => general,
+    if t.cc != 0 || t.reads_flags || t.x87 && matches!(t.class, Class::Sse | Class::Avx) {
+        return general;
+    }
+    macro_rules! by_access {
+        ($unit:ident) => {
+            match t.access {
+                MemAccess::None => register::<{ ready::$unit }>,
+                MemAccess::Read => load::<{ ready::$unit }>,
+                MemAccess::Write => store::<{ ready::$unit }>,
+            }
+        };
+    }
+    match t.class {
+        Class::Sse => by_access!(SSE),
+        Class::Avx => by_access!(AVX),
+        Class::Mmx => by_access!(MMX),
+        Class::X87 => by_access!(X87),
     }
 }
 
@@ -52,7 +60,7 @@ pub(super) fn third(op: &Op) -> u64 {
 /// Calls the code of a thunk.
 #[inline(always)]
 pub(super) fn call(cpu: &mut Cpu, op: &Op, t: &Thunk, mem: *mut u8) -> u64 {
-    let Some(entry) = t.entry else { return 0 };
+    let Some(Code(entry)) = t.entry else { return 0 };
     let first = if t.reads_flags { u64::from(cpu.cc >> 8) } else { u64::from(op.dst) };
     // SAFETY: the code was made by `emit` for this instruction: it touches the registers of `cpu` that the slots name
     // (numbers below 16, times 8), `t.size` bytes at `mem`, which the caller has made valid, and nothing else that the
@@ -65,7 +73,11 @@ fn register<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
     if cpu.fpu.ready & READY == 0 {
         return general(cpu, op);
     }
-    call(cpu, &op, thunk(&op), std::ptr::null_mut());
+    let t = thunk(&op);
+    call(cpu, &op, t, std::ptr::null_mut());
+    if READY == ready::X87 {
+        finish(cpu, &op, t, 0);
+    }
     op.next(cpu)
 }
 
@@ -76,7 +88,12 @@ fn load<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
     }
     let t = thunk(&op);
     match source(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
-        Ok(_) => op.next(cpu),
+        Ok(_) => {
+            if READY == ready::X87 {
+                finish(cpu, &op, t, 0);
+            }
+            op.next(cpu)
+        }
         Err(f) => op.fault(cpu, f),
     }
 }
@@ -88,7 +105,12 @@ fn store<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
     }
     let t = thunk(&op);
     match destination(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
-        Ok(()) => op.next(cpu),
+        Ok(()) => {
+            if READY == ready::X87 {
+                finish(cpu, &op, t, 0);
+            }
+            op.next(cpu)
+        }
         Err(f) => op.fault(cpu, f),
     }
 }

@@ -181,7 +181,8 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
         }
     }
     let total = l1_at + l1_clusters;
-    storage.set_size(total << bits)?;
+    // The L1 table need not fill its last cluster.
+    storage.set_size((l1_at << bits) + (l1_size * 8).next_multiple_of(512))?;
     let mut table = vec![0u8; (table_clusters << bits) as usize];
     for (i, slot) in table.chunks_exact_mut(8).take(blocks as usize).enumerate() {
         slot.copy_from_slice(&((blocks_at + i as u64) << bits).to_be_bytes());
@@ -196,7 +197,7 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
         storage.write_at(&block, (blocks_at + i) << bits)?;
     }
     if !storage.grows_with_zeros() {
-        crate::storage::StorageExt::fill_zeroes(&*storage, l1_at << bits, l1_clusters << bits)?;
+        crate::storage::StorageExt::fill_zeroes(&*storage, l1_at << bits, (l1_size * 8).next_multiple_of(512))?;
     }
     header.write(&*storage)?;
     if preallocation != Preallocation::Off {

@@ -186,7 +186,8 @@ impl Qcow2 {
     /// Writes a new snapshot table and switches to it.
     fn write_snapshots(&self, meta: &mut Meta, snapshots: Vec<Snapshot>) -> Result<()> {
         let bits = self.geo.cluster_bits;
-        let bytes = encode_table(&snapshots);
+        let mut bytes = encode_table(&snapshots);
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
         let old = (meta.header.snapshots_offset, encode_table(&meta.snapshots).len() as u64);
         let mut offset = 0;
         if !bytes.is_empty() {
@@ -256,7 +257,8 @@ impl Snapshots for Qcow2 {
             let active = self.l1.read().unwrap_or_else(|e| e.into_inner()).clone();
             self.count_tree(meta, &active, true)?;
             self.refresh_copied(meta)?;
-            let copy: Vec<u8> = active.iter().flat_map(|e| (e & OFFSET).to_be_bytes()).collect();
+            let mut copy: Vec<u8> = active.iter().flat_map(|e| (e & OFFSET).to_be_bytes()).collect();
+            copy.resize(copy.len().next_multiple_of(512), 0);
             let mut l1_offset = 0;
             if !copy.is_empty() {
                 let first = self.allocate_exact(meta, (copy.len() as u64).div_ceil(self.geo.cluster_size))?;

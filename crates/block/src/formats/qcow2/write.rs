@@ -214,10 +214,18 @@ impl Qcow2 {
                 at = stop;
                 continue;
             }
-            // How many clusters from here on have to be allocated.
+            // The table comes before what it maps, so that the clusters of a table lie together.
+            if let Err(e) = self.table_for_write(&mut meta, at) {
+                drop(meta);
+                self.abort(out);
+                out.clear();
+                return Err(e);
+            }
+            // How many clusters from here on, of the same table, have to be allocated.
             let mut run = 1;
             let mut last = entry;
-            while cluster + run * geo.cluster_size < end {
+            let table_end = (geo.l1_index(at) + 1).saturating_mul(geo.cluster_size * geo.l2_entries).min(end);
+            while cluster + run * geo.cluster_size < table_end {
                 let (next, _) = self.entry(cluster + run * geo.cluster_size)?;
                 if self.own_cluster(next) {
                     break;

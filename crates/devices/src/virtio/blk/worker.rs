@@ -330,10 +330,11 @@ impl Lanes<'_> {
 
     fn with_uring(&mut self, mut uring: Uring) -> io::Result<()> {
         let mut events = Vec::new();
-        let mut kicked = true;
+        let (mut kicked, mut listening) = (true, false);
         let mut touched = vec![false; self.setup.queues.len()];
         loop {
             if kicked {
+                listening = false;
                 self.hush();
                 for lane in 0..self.setup.queues.len() {
                     self.gather(lane, Some(&mut uring))?;
@@ -345,9 +346,12 @@ impl Lanes<'_> {
             }
             let full = self.in_flight() == DEPTH as usize;
             kicked = false;
-            if !stopping && !full && self.listen() {
-                kicked = true;
-                continue;
+            if !stopping && !full && !listening {
+                kicked = self.listen();
+                if kicked {
+                    continue;
+                }
+                listening = true;
             }
             uring.submit_and_wait()?;
             uring.events(&mut events)?;

@@ -1,0 +1,202 @@
+//! What every chipset device has to stand: any access at any time, saving and loading, reset and pause twice.
+
+use super::clock::Clock;
+use super::*;
+use crate::chipset::output::Recorder;
+use accel::{CpuSignals, Irqs, Signal};
+use base::Timers;
+use bus::{Device, IrqPin, RegionId, System};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+/// A region of a device: its number and length.
+type Region = (RegionId, u64);
+
+struct Subject {
+    device: Box<dyn Device>,
+    regions: Vec<Region>,
+}
+
+/// What the devices of a test are connected to.
+struct Machine {
+    clock: Clock,
+    timers: Timers,
+    irqchip: Arc<Irqchip>,
+    signals: Arc<CpuSignals>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let clock = Clock::manual();
+        let signals = Arc::new(CpuSignals::new());
+        let cpus = vec![ApicCpu { apic_id: 0, signals: signals.clone() }];
+        Self { irqchip: Irqchip::new(cpus, &clock), clock, timers: Timers::new(), signals }
+    }
+
+    fn pin(&self, gsi: u32) -> Arc<IrqPin> {
+        IrqPin::new(self.irqchip.clone(), gsi)
+    }
+
+    /// One of each device.
+    fn subjects(&self) -> Vec<Subject> {
+        let subject = |device: Box<dyn Device>, regions: &[Region]| Subject { device, regions: regions.to_vec() };
+        let system = System::new(|_| {});
+        let chardev = Arc::new(Recorder::default());
+        let [pit_line, rtc_line] = [0, 8].map(|gsi| LegacyLine::new(self.pin(gsi).line()));
+        let hpet = Hpet::new(&self.clock, self.irqchip.clone(), pit_line.clone(), rtc_line.clone());
+        let pin = self.pin(16);
+        hpet.add_route(16, [pin.line(), pin.line(), pin.line()]);
+        let base = RtcBase::Start(1_700_000_000);
+        vec![
+            subject(
+                Box::new(IrqchipDevice::new(self.irqchip.clone())),
+                &[
+                    (IrqchipDevice::MASTER, 2),
+                    (IrqchipDevice::SLAVE, 2),
+                    (IrqchipDevice::ELCR, 2),
+                    (IrqchipDevice::IOAPIC, 0x1000),
+                    (IrqchipDevice::IOAPIC, 0x20),
+                ],
+            ),
+            subject(Box::new(Pit::new(&self.clock, pit_line)), &[(Pit::COUNTERS, 4), (Pit::PORT_B, 1)]),
+            subject(Box::new(Rtc::new(&self.clock, rtc_line, base)), &[(RegionId(0), 2)]),
+            subject(Box::new(hpet), &[(RegionId(0), Hpet::LENGTH), (RegionId(0), 0x180)]),
+            subject(
+                Box::new(AcpiPm::new(&self.clock, self.pin(9).line(), system.clone())),
+                &[(AcpiPm::BLOCK, AcpiPm::LENGTH), (AcpiPm::SMI_COMMAND, 2)],
+            ),
+            subject(
+                Box::new(I8042::new(system.clone(), self.pin(1).line(), self.pin(12).line())),
+                &[(I8042::DATA, 1), (I8042::COMMAND, 1)],
+            ),
+            subject(
+                Box::new(Serial::new(chardev.clone(), self.pin(4).line(), &self.timers)),
+                &[(RegionId(0), 8)],
+            ),
+            subject(Box::new(DebugCon::new(chardev, &self.timers, 0xe9)), &[(RegionId(0), 1)]),
+            subject(Box::new(DebugExit::new(system.clone())), &[(RegionId(0), 4)]),
+            subject(
+                Box::new(SystemPorts::new(system)),
+                &[(SystemPorts::POST, 1), (SystemPorts::CONTROL, 1), (SystemPorts::DELAY, 1)],
+            ),
+        ]
+    }
+
+    /// The vCPU takes what there is for it.
+    fn serve(&self) {
+        self.signals.take(Signal::all());
+        if let Some(apic) = self.irqchip.local_apic(0)
+            && apic.acknowledge().is_some()
+        {
+            apic.write(0xb0, &[0; 4]);
+        }
+    }
+}
+
+/// A step of a hostile guest.
+#[derive(Clone, Debug)]
+enum Step {
+    Read { region: usize, offset: u64, size: usize },
+    Write { region: usize, offset: u64, size: usize, value: u64 },
+    Wait { nanoseconds: u64 },
+    Serve,
+    Reset,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let size = prop_oneof![4 => Just(1usize), 1 => Just(2), 3 => Just(4), 1 => Just(8)];
+    let value = prop_oneof![any::<u64>(), 0..0x100u64, (0..64u32).prop_map(|b| 1 << b), Just(u64::MAX)];
+    let place = (any::<usize>(), any::<u64>(), size);
+    prop_oneof![
+        4 => place.clone().prop_map(|(region, offset, size)| Step::Read { region, offset, size }),
+        8 => (place, value)
+            .prop_map(|((region, offset, size), value)| Step::Write { region, offset, size, value }),
+        2 => prop_oneof![0..1000u64, 0..10_000_000, 0..2_000_000_000].prop_map(|nanoseconds| Step::Wait { nanoseconds }),
+        2 => Just(Step::Serve),
+        1 => Just(Step::Reset),
+    ]
+}
+
+impl Subject {
+    /// Where an access goes: within the region, as the bus sees to.
+    fn place(&self, region: usize, offset: u64, size: usize) -> (RegionId, u64, usize) {
+        let (id, len) = self.regions[region % self.regions.len()];
+        let size = size.min(1 << len.ilog2());
+        (id, offset % (len - size as u64 + 1), size)
+    }
+
+    fn perform(&mut self, step: &Step, machine: &Machine) {
+        match *step {
+            Step::Read { region, offset, size } => {
+                let (at, offset, size) = self.place(region, offset, size);
+                self.device.read(at, offset, &mut [0xff; 8][..size]);
+            }
+            Step::Write { region, offset, size, value } => {
+                let (at, offset, size) = self.place(region, offset, size);
+                self.device.write(at, offset, &value.to_le_bytes()[..size]);
+            }
+            Step::Wait { nanoseconds } => machine.clock.advance(nanoseconds),
+            Step::Serve => machine.serve(),
+            Step::Reset => self.device.reset(),
+        }
+    }
+}
+
+/// The state, without what follows the host's clock.
+fn saved(device: &dyn Device) -> serde_json::Value {
+    let mut data = device.save().unwrap().data;
+    if device.name() == "mc146818" {
+        for host in ["offset", "offset_nanoseconds"] {
+            data.as_object_mut().unwrap().remove(host);
+        }
+        // Flags of seconds and periods that passed meanwhile.
+        data["cmos"][0x0c] = 0.into();
+    }
+    data
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_access_is_survived_and_saved(
+        steps in prop::collection::vec(step(), 1..120),
+        which in 0..10usize,
+    ) {
+        let machine = Machine::new();
+        let mut subjects = machine.subjects();
+        prop_assert_eq!(subjects.len(), 10);
+        let subject = &mut subjects[which];
+        subject.device.start().unwrap();
+        for s in &steps {
+            subject.perform(s, &machine);
+        }
+        subject.device.pause().unwrap();
+        subject.device.pause().unwrap();
+        // Into another process: the same state, and nothing is left over.
+        let other = Machine::new();
+        let mut twins = other.subjects();
+        let twin = &mut twins[which];
+        twin.device.load(subject.device.save().unwrap()).unwrap();
+        prop_assert_eq!(saved(&*twin.device), saved(&*subject.device));
+        // And it goes on from there.
+        for s in &steps {
+            twin.perform(s, &other);
+        }
+    }
+}
+
+#[test]
+fn reset_twice_is_reset_once() {
+    let machine = Machine::new();
+    for mut s in machine.subjects() {
+        s.device.reset();
+        let once = saved(&*s.device);
+        s.device.reset();
+        assert_eq!(saved(&*s.device), once, "{}", s.device.name());
+        assert!(s.device.load(bus::State::new("something else", 1, &()).unwrap()).is_err());
+        let mut state = s.device.save().unwrap();
+        state.version += 1;
+        assert!(s.device.load(state).is_err(), "{}: a version of the future", s.device.name());
+    }
+}

@@ -1,0 +1,526 @@
+//! `qemu-io`: single reads, writes and other requests, for tests.
+
+use crate::{args::Source, text};
+use block::{CacheMode, Error, Image, MapEntry, OpenOptions, Options, Result, formats::Preallocation};
+use std::{
+    collections::VecDeque,
+    ffi::OsString,
+    io::{BufRead, IsTerminal, Write},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+/// Largest request, as in QEMU.
+const MAX_REQUEST: u64 = 2_147_483_136;
+
+/// What the command line and `open` say about opening.
+#[derive(Clone, Default)]
+struct Choice {
+    options: OpenOptions,
+    image_opts: bool,
+}
+
+struct Session {
+    image: Option<Image>,
+}
+
+/// Words of a command line; quotes keep blanks together.
+fn words(line: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    let (mut word, mut quoted, mut any) = (String::new(), None, false);
+    for c in line.chars() {
+        match (quoted, c) {
+            (Some(q), c) if c == q => quoted = None,
+            (None, '"' | '\'') => {
+                quoted = Some(c);
+                any = true;
+            }
+            (None, c) if c.is_whitespace() => {
+                if any || !word.is_empty() {
+                    out.push(std::mem::take(&mut word));
+                    any = false;
+                }
+            }
+            (_, c) => word.push(c),
+        }
+    }
+    if any || !word.is_empty() {
+        out.push(word);
+    }
+    out
+}
+
+/// A command's flags, taken apart as getopt does.
+struct Flags {
+    set: Vec<(char, Option<String>)>,
+    rest: Vec<String>,
+}
+
+impl Flags {
+    /// `spec` lists flags; those followed by a colon take a value.
+    fn parse(args: &[String], spec: &str) -> Result<Self> {
+        let takes = |c: char| spec.find(c).map(|i| spec[i + c.len_utf8()..].starts_with(':'));
+        let mut queue: VecDeque<&String> = args.iter().collect();
+        let (mut set, mut rest) = (Vec::new(), Vec::new());
+        while let Some(arg) = queue.pop_front() {
+            let Some(flags) = arg.strip_prefix('-').filter(|f| !f.is_empty()) else {
+                rest.push(arg.clone());
+                continue;
+            };
+            let mut chars = flags.char_indices();
+            while let Some((i, c)) = chars.next() {
+                match takes(c) {
+                    Some(false) => set.push((c, None)),
+                    Some(true) => {
+                        let tail = &flags[i + c.len_utf8()..];
+                        let value = if tail.is_empty() { queue.pop_front().cloned() } else { Some(tail.to_owned()) };
+                        let value = value.ok_or_else(|| Error::usage(format!("option requires an argument -- '{c}'")))?;
+                        set.push((c, Some(value)));
+                        break;
+                    }
+                    None => return Err(Error::usage(format!("invalid option -- '{c}'"))),
+                }
+            }
+        }
+        Ok(Flags { set, rest })
+    }
+
+    fn has(&self, flag: char) -> bool {
+        self.set.iter().any(|f| f.0 == flag)
+    }
+
+    fn value(&self, flag: char) -> Option<&str> {
+        self.set.iter().rev().find(|f| f.0 == flag).and_then(|f| f.1.as_deref())
+    }
+
+    fn size(&self, flag: char) -> Result<Option<u64>> {
+        self.value(flag).map(size).transpose()
+    }
+
+    fn pattern(&self, flag: char) -> Result<Option<u8>> {
+        let Some(text) = self.value(flag) else { return Ok(None) };
+        let parsed = match text.strip_prefix("0x") {
+            Some(hex) => u8::from_str_radix(hex, 16),
+            None => text.parse(),
+        };
+        parsed.map(Some).map_err(|_| Error::usage(format!("{text} is not a valid pattern byte")))
+    }
+}
+
+fn size(text: &str) -> Result<u64> {
+    block::parse_size(text).filter(|&s| i64::try_from(s).is_ok()).ok_or_else(|| {
+        Error::usage(format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"))
+    })
+}
+
+/// Hexadecimal dump with text beside it.
+fn dump(bytes: &[u8], offset: u64) {
+    for (i, row) in bytes.chunks(16).enumerate() {
+        let hex: String = row.iter().map(|b| format!("{b:02x} ")).collect();
+        let plain: String =
+            row.iter().map(|&b| if b.is_ascii_graphic() || b == b' ' { char::from(b) } else { '.' }).collect();
+        println!("{:08x}:  {hex} {plain}", offset + i as u64 * 16);
+    }
+}
+
+/// `4 KiB, 1 ops; 00.00 sec (...)`.
+fn report(verb: &str, offset: u64, count: u64, total: u64, ops: u64, took: Duration, flags: &Flags) {
+    if flags.has('q') {
+        return;
+    }
+    let seconds = took.as_secs_f64().max(1e-9);
+    if flags.has('C') {
+        println!("{total},{ops},{seconds:.6},{:.4},{:.4}", total as f64 / seconds, ops as f64 / seconds);
+        return;
+    }
+    println!("{verb} {total}/{count} bytes at offset {offset}");
+    println!(
+        "{}, {ops} ops; {:02}.{:02} sec ({}/sec and {:.4} ops/sec)",
+        text::size(total),
+        took.as_secs() % 60,
+        took.subsec_millis() / 10,
+        text::size((total as f64 / seconds) as u64),
+        ops as f64 / seconds
+    );
+}
+
+impl Session {
+    fn image(&self) -> Result<&Image> {
+        self.image.as_ref().ok_or_else(|| Error::usage("no file open, try 'help open'"))
+    }
+
+    fn range(&self, flags: &Flags) -> Result<(u64, u64)> {
+        let [offset, len, ..] = &flags.rest[..] else { return Err(Error::usage("offset and length are needed")) };
+        let (offset, len) = (size(offset)?, size(len)?);
+        if len > MAX_REQUEST {
+            return Err(Error::usage(format!("length cannot exceed {MAX_REQUEST}, given {len}")));
+        }
+        Ok((offset, len))
+    }
+
+    fn read(&mut self, args: &[String]) -> Result<()> {
+        let f = Flags::parse(args, "abCl:mpP:qs:uv")?;
+        let (offset, len) = self.range(&f)?;
+        let started = Instant::now();
+        let mut buf = vec![0xab; len as usize];
+        self.image()?.read_at(&mut buf, offset).map_err(|e| e.context("read failed"))?;
+        let took = started.elapsed();
+        if let Some(pattern) = f.pattern('P')? {
+            let start = f.size('s')?.unwrap_or(0) as usize;
+            let n = f.size('l')?.map_or(buf.len().saturating_sub(start), |l| l as usize);
+            let part = start.checked_add(n).and_then(|end| buf.get(start..end));
+            let part = part.ok_or_else(|| Error::usage("pattern verification range exceeds end of read data"))?;
+            if part.iter().any(|&b| b != pattern) {
+                return Err(Error::invalid(format!(
+                    "Pattern verification failed at offset {}, {n} bytes",
+                    offset + start as u64
+                )));
+            }
+        }
+        if f.has('v') {
+            dump(&buf, offset);
+        }
+        report("read", offset, len, len, 1, took, &f);
+        Ok(())
+    }
+
+    fn write(&mut self, args: &[String]) -> Result<()> {
+        let f = Flags::parse(args, "abcCdfmnpP:qrs:uz")?;
+        let (offset, len) = self.range(&f)?;
+        let image = self.image()?;
+        let started = Instant::now();
+        if f.has('z') {
+            image.write_zeroes(offset, len, f.has('u')).map_err(|e| e.context("write failed"))?;
+        } else {
+            let data = match f.value('s') {
+                Some(name) => {
+                    let bytes = std::fs::read(name).map_err(|e| Error::io(name.to_owned(), e))?;
+                    if bytes.is_empty() {
+                        return Err(Error::usage(format!("{name}: file is empty")));
+                    }
+                    bytes.iter().copied().cycle().take(len as usize).collect()
+                }
+                None => vec![f.pattern('P')?.unwrap_or(0xcd); len as usize],
+            };
+            if f.has('c') {
+                self.write_compressed(&data, offset)?;
+            } else {
+                image.write_at(&data, offset).map_err(|e| e.context("write failed"))?;
+            }
+        }
+        if f.has('f') {
+            image.flush()?;
+        }
+        report("wrote", offset, len, len, 1, started.elapsed(), &f);
+        Ok(())
+    }
+
+    fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
+        let image = self.image()?;
+        let unit = image.format().unit();
+        if offset % unit != 0 || (data.len() as u64 % unit != 0 && offset + data.len() as u64 != image.size()) {
+            return Err(Error::usage("compressed writes must be whole clusters"));
+        }
+        for (i, piece) in data.chunks(unit as usize).enumerate() {
+            let at = offset + i as u64 * unit;
+            match image.compress(piece)? {
+                Some(packed) => image.write_compressed(at, &packed)?,
+                None => image.write_at(piece, at)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// `readv` and `writev`: several lengths, one request after the other in the file.
+    fn vectored(&mut self, args: &[String], write: bool) -> Result<()> {
+        let f = Flags::parse(args, "CP:qvfi")?;
+        let [offset, lens @ ..] = &f.rest[..] else { return Err(Error::usage("offset and lengths are needed")) };
+        let offset = size(offset)?;
+        let len = lens.iter().try_fold(0u64, |sum, l| Ok::<_, Error>(sum.saturating_add(size(l)?)))?;
+        if len > MAX_REQUEST {
+            return Err(Error::usage(format!("length cannot exceed {MAX_REQUEST}, given {len}")));
+        }
+        let started = Instant::now();
+        let pattern = f.pattern('P')?;
+        let mut buf = vec![pattern.unwrap_or(0xcd); len as usize];
+        if write {
+            self.image()?.write_at(&buf, offset).map_err(|e| e.context("writev failed"))?;
+        } else {
+            self.image()?.read_at(&mut buf, offset).map_err(|e| e.context("readv failed"))?;
+            if pattern.is_some_and(|p| buf.iter().any(|&b| b != p)) {
+                return Err(Error::invalid(format!("Pattern verification failed at offset {offset}, {len} bytes")));
+            }
+            if f.has('v') {
+                dump(&buf, offset);
+            }
+        }
+        report(if write { "wrote" } else { "read" }, offset, len, len, 1, started.elapsed(), &f);
+        Ok(())
+    }
+
+    fn discard(&mut self, args: &[String]) -> Result<()> {
+        let f = Flags::parse(args, "Cq")?;
+        let (offset, len) = self.range(&f)?;
+        let started = Instant::now();
+        self.image()?.discard(offset, len).map_err(|e| e.context("discard failed"))?;
+        report("discard", offset, len, len, 1, started.elapsed(), &f);
+        Ok(())
+    }
+
+    fn entries(&self, start: u64, end: u64) -> Result<Vec<MapEntry>> {
+        let (mut at, mut out) = (start, Vec::new());
+        while at < end {
+            let before = out.len();
+            self.image()?.map(at, end - at, &mut out)?;
+            at = out[before..].last().map_or(end, |e| e.start + e.length);
+        }
+        Ok(out)
+    }
+
+    fn alloc(&mut self, args: &[String]) -> Result<()> {
+        let f = Flags::parse(args, "")?;
+        let offset = size(f.rest.first().ok_or_else(|| Error::usage("an offset is needed"))?)?;
+        let len = f.rest.get(1).map_or(Ok(512), |l| size(l))?;
+        let end = offset.saturating_add(len).min(self.image()?.size());
+        let own = |e: &&MapEntry| e.depth == 0 && e.present;
+        let sum: u64 = self.entries(offset, end)?.iter().filter(own).map(|e| e.length).sum();
+        println!("{sum}/{len} bytes allocated at offset {}", text::size(offset));
+        Ok(())
+    }
+
+    fn map(&mut self) -> Result<()> {
+        let size = self.image()?.size();
+        let mut at = 0;
+        let entries = self.entries(0, size)?;
+        let mut list = entries.iter().peekable();
+        while let Some(e) = list.next() {
+            let allocated = e.depth == 0 && e.present;
+            let mut len = e.length;
+            while let Some(next) = list.next_if(|n| (n.depth == 0 && n.present) == allocated) {
+                len += next.length;
+            }
+            println!(
+                "{} ({len:#x}) bytes {} at offset {} ({at:#x})",
+                text::size(len),
+                if allocated { "    allocated" } else { "not allocated" },
+                text::size(at)
+            );
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, args: &[String]) -> Result<()> {
+        let f = Flags::parse(args, "rsnCukUo:d:t:i:")?;
+        if self.image.is_some() {
+            return Err(Error::usage("file open already, try 'help close'"));
+        }
+        let mut choice = Choice { options: OpenOptions { read_only: f.has('r'), ..Default::default() }, image_opts: false };
+        choice.options.force_share = f.has('U');
+        choice.options.cache = cache(&f)?;
+        choice.options.discard = matches!(f.value('d'), Some("on" | "unmap"));
+        if let Some(list) = f.value('o') {
+            choice.options.options = Options::parse(list)?;
+        }
+        let name = f.rest.first().cloned().unwrap_or_default();
+        self.image = Some(open(&name, choice)?);
+        Ok(())
+    }
+
+    /// Runs a command; the result says whether to go on.
+    fn run(&mut self, line: &str) -> Result<bool> {
+        let list = words(line);
+        let Some((command, args)) = list.split_first() else { return Ok(true) };
+        match command.as_str() {
+            "q" | "quit" => return Ok(false),
+            "r" | "read" => self.read(args)?,
+            // Requests are carried out at once, so that a later aio_flush has nothing to wait for.
+            "aio_read" => self.vectored(args, false)?,
+            "w" | "write" => self.write(args)?,
+            "aio_write" => {
+                let f = Flags::parse(args, "CfiP:qzu")?;
+                if f.has('z') { self.write(args)? } else { self.vectored(args, true)? }
+            }
+            "rv" | "readv" => self.vectored(args, false)?,
+            "wv" | "writev" => self.vectored(args, true)?,
+            "aio_flush" => {}
+            "f" | "flush" => self.image()?.flush()?,
+            "d" | "discard" => self.discard(args)?,
+            "a" | "alloc" => self.alloc(args)?,
+            "map" => self.map()?,
+            "l" | "length" => println!("{}", text::size(self.image()?.size())),
+            "t" | "truncate" => {
+                let f = Flags::parse(args, "m:")?;
+                let to = size(f.rest.first().ok_or_else(|| Error::usage("an offset is needed"))?)?;
+                let mode = Preallocation::parse(f.value('m').unwrap_or("off"))?;
+                self.image()?.resize(to, mode)?;
+            }
+            "o" | "open" => self.open(args)?,
+            "c" | "close" => match self.image.take() {
+                Some(image) => image.close()?,
+                None => return Err(Error::usage("no file open, try 'help open'")),
+            },
+            "i" | "info" => {
+                let image = self.image()?;
+                println!("format name: {}", image.driver().name);
+                if let Some(cluster) = image.info()?.cluster_size {
+                    println!("cluster size: {}", text::size(cluster));
+                }
+            }
+            "sleep" => {
+                let ms = args.first().and_then(|a| a.parse().ok()).ok_or_else(|| Error::usage("milliseconds are needed"))?;
+                std::thread::sleep(Duration::from_millis(ms));
+            }
+            "help" | "?" => println!(
+                "aio_flush aio_read aio_write alloc close discard flush info length map open quit read readv sleep \
+                 truncate write writev"
+            ),
+            other => return Err(Error::usage(format!("command \"{other}\" not found"))),
+        }
+        Ok(true)
+    }
+}
+
+fn cache(f: &Flags) -> Result<CacheMode> {
+    if f.has('n') { CacheMode::parse("none") } else { CacheMode::parse(f.value('t').unwrap_or("writeback")) }
+}
+
+fn open(name: &str, choice: Choice) -> Result<Image> {
+    let source = Source { image_opts: choice.image_opts, ..Default::default() };
+    let format = choice.options.format.clone();
+    let opened = if choice.image_opts || !choice.options.options.is_empty() && name.is_empty() {
+        let mut options = choice.options.clone();
+        if choice.image_opts {
+            options.options = Options::parse(name)?;
+        }
+        Image::open("", &options)
+    } else {
+        return source
+            .open(name, format.as_deref(), choice.options)
+            .map_err(|e| e.context(format!("can't open device {name}")));
+    };
+    opened.map_err(|e| e.context(format!("can't open device {name}")))
+}
+
+/// Runs `qemu-io`.
+pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match session(args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("qemu-io: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
+    let mut given: Vec<String> = args.skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+    let mut image_opts = false;
+    let long = [("--read-only", "-r"), ("--snapshot", "-s"), ("--nocache", "-n"), ("--force-share", "-U"), ("--misalign", "-m")];
+    given.retain(|a| {
+        let found = a == "--image-opts";
+        image_opts |= found;
+        !found
+    });
+    for arg in &mut given {
+        if let Some((_, short)) = long.iter().find(|(l, _)| l == arg) {
+            *arg = (*short).to_owned();
+        } else if let Some(rest) = arg.strip_prefix("--") {
+            let (name, value) = rest.split_once('=').unwrap_or((rest, ""));
+            let flag = match name {
+                "cmd" => 'c',
+                "format" => 'f',
+                "cache" => 't',
+                "discard" => 'd',
+                "aio" => 'i',
+                "version" => 'V',
+                "help" => 'h',
+                _ => return Err(Error::usage(format!("unrecognized option '--{name}'"))),
+            };
+            *arg = format!("-{flag}{value}");
+        }
+    }
+    let f = Flags::parse(&given, "c:d:f:rsnmCki:t:T:UVh")?;
+    if f.has('V') {
+        println!("qemu-io version {}", env!("CARGO_PKG_VERSION"));
+        return Ok(true);
+    }
+    if f.has('h') {
+        println!("Usage: qemu-io [-c CMD]... [-f FMT] [-r] [-n] [-t CACHE] [-d on|off] [-U] [--image-opts] [FILE]");
+        return Ok(true);
+    }
+    let mut session = Session { image: None };
+    if f.has('s') {
+        return Err(Error::unsupported("-s (temporary snapshot) is not supported; create an overlay with qemu-img create -b"));
+    }
+    if let Some(name) = f.rest.first() {
+        let options = OpenOptions {
+            read_only: f.has('r'),
+            force_share: f.has('U'),
+            cache: cache(&f)?,
+            discard: matches!(f.value('d'), Some("on" | "unmap")),
+            format: f.value('f').map(str::to_owned),
+            ..Default::default()
+        };
+        session.image = Some(open(name, Choice { options, image_opts })?);
+    }
+    let commands: Vec<&str> = f.set.iter().filter(|x| x.0 == 'c').filter_map(|x| x.1.as_deref()).collect();
+    let mut good = true;
+    let mut run = |session: &mut Session, line: &str| -> bool {
+        match session.run(line) {
+            Ok(more) => more,
+            Err(e) => {
+                // Failures are part of what a test script looks at, in order with the rest.
+                println!("{e}");
+                good = false;
+                true
+            }
+        }
+    };
+    if commands.is_empty() {
+        let stdin = std::io::stdin();
+        let prompt = stdin.is_terminal();
+        loop {
+            if prompt {
+                print!("qemu-io> ");
+                // A prompt that cannot be shown is no reason to stop.
+                let _ = std::io::stdout().flush();
+            }
+            let mut line = String::new();
+            match stdin.lock().read_line(&mut line) {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
+            }
+            if !run(&mut session, &line) {
+                break;
+            }
+        }
+    }
+    for command in commands {
+        if !run(&mut session, command) {
+            break;
+        }
+    }
+    if let Some(image) = session.image {
+        image.close()?;
+    }
+    Ok(good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_split_like_getopt() {
+        assert_eq!(words("write -P 1 'a b' \"\""), ["write", "-P", "1", "a b", ""]);
+        let args: Vec<String> = words("-qP0x12 -s 4k 0 512");
+        let f = Flags::parse(&args, "qP:s:").unwrap();
+        assert!(f.has('q'));
+        assert_eq!(f.pattern('P').unwrap(), Some(0x12));
+        assert_eq!(f.size('s').unwrap(), Some(4096));
+        assert_eq!(f.rest, ["0", "512"]);
+        assert!(Flags::parse(&args, "q").is_err());
+    }
+}

@@ -1,0 +1,103 @@
+//! The translator: hot 64-bit guest code as host code, instruction for instruction where possible.
+//!
+//! * `layout`: where guest state is while translated code runs.
+//! * `asm`: emitter for the code around guest instructions.
+//! * `scan`: finds the instructions of a block, and which flags are live where.
+//! * `emit`, `operand`, `memory`, `stack`, `special`, `branch`: code for a block.
+//! * `cache`: the code cache: blocks, links between them, look-up, invalidation.
+//! * `stubs`: the fixed pieces of code that every block uses.
+//! * `run`: in and out of translated code, and what its slow paths call.
+//!
+//! The design and its reasons are in `docs/translator.md`.
+
+mod asm;
+mod branch;
+mod cache;
+mod emit;
+mod layout;
+mod memory;
+mod operand;
+mod run;
+mod scan;
+mod special;
+mod stack;
+mod stubs;
+
+pub use cache::Translator;
+
+/// Executions of a block by the interpreter before it is translated.
+pub const HOT: u32 = 24;
+/// Value of a block's heat that says that it cannot be translated.
+pub const FROZEN: u32 = u32::MAX;
+
+/// What generated code and its slow paths tell each other; part of the vCPU, reached through the GS base.
+#[repr(C)]
+#[derive(Debug)]
+pub struct State {
+    /// RSP of the host when translated code was entered.
+    pub host_rsp: u64,
+    /// RSP of the host while a slow path runs.
+    pub saved_rsp: u64,
+    /// Where a slow path continues.
+    pub target: u64,
+    /// Key of valid entries in the jump table and in cross-page links.
+    pub key: u64,
+    /// The jump table.
+    pub jumps: *const cache::Jump,
+    /// The host's vector registers hold the guest's: 0 no, 1 yes and SSE may be used, 2 AVX too.
+    pub vectors: u8,
+    /// Argument of a slow path or exit.
+    pub argument: u64,
+    /// Linear address of the access that takes the slow path.
+    pub linear: u64,
+    /// Address of the vCPU itself.
+    pub me: u64,
+    /// The host stack holds return addresses down to here.
+    pub depth_limit: u64,
+    /// A value kept over an address check.
+    pub spill: [u64; 2],
+    /// What the run loop is to do ([`crate::op::Next`]).
+    pub next: usize,
+    /// GS base set by this vCPU, to restore on the way out.
+    pub old_gs: u64,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            host_rsp: 0,
+            saved_rsp: 0,
+            target: 0,
+            key: 0,
+            jumps: std::ptr::null(),
+            vectors: 0,
+            argument: 0,
+            linear: 0,
+            me: 0,
+            depth_limit: 0,
+            spill: [0; 2],
+            next: 0,
+            old_gs: 0,
+        }
+    }
+}
+
+/// Counters of a translator.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Counters {
+    pub blocks: u64,
+    pub instructions: u64,
+    pub bytes: u64,
+    pub flushes: u64,
+    pub dropped: u64,
+    pub entries: u64,
+    pub exit_link: u64,
+    pub exit_lookup: u64,
+    pub exit_at: u64,
+    pub exit_poll: u64,
+    pub exit_slow: u64,
+    pub refills: u64,
+    pub interpreted: u64,
+    pub unlinked: u64,
+}

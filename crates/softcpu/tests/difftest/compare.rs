@@ -1,0 +1,127 @@
+//! What differs between two outcomes of a case.
+
+use crate::case::*;
+use std::fmt::Write;
+
+const NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+];
+
+/// Linear addresses from here on belong to the kernel, which reports faults there as protection faults whatever they
+/// are.
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+/// RF, set in what faults push and cleared by debuggers' ways.
+const RF: u64 = 1 << 16;
+
+fn hex(b: &[u8]) -> String {
+    // Most significant byte first, in groups of eight.
+    let mut s = String::new();
+    for (n, chunk) in b.rchunks(8).rev().rev().enumerate() {
+        if n > 0 {
+            s.push('_');
+        }
+        for x in chunk.iter().rev() {
+            let _ = write!(s, "{x:02x}");
+        }
+    }
+    s
+}
+
+/// Differences, as lines; empty if the outcomes agree.
+pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
+    let mut d = Vec::new();
+    let mut number = |name: &str, x: u64, y: u64| {
+        if x != y {
+            d.push(format!("{name}: {x:#x} / {y:#x}"));
+        }
+    };
+    number("exception", a.vector.into(), b.vector.into());
+    let kernel = a.vector == 14 && a.cr2 >= TASK_SIZE;
+    let present = if kernel { 1 } else { 0 };
+    number("error code", (a.error | present).into(), (b.error | present).into());
+    number("cr2", a.cr2, b.cr2);
+    let (x, y) = (&a.regs, &b.regs);
+    number("rip", x.rip, y.rip);
+    for (n, name) in NAMES.iter().enumerate() {
+        number(name, x.gpr[n], y.gpr[n]);
+    }
+    let mask = !(u64::from(case.undefined) | RF);
+    number("rflags", x.rflags & mask, y.rflags & mask);
+    number("mxcsr", x.mxcsr.into(), y.mxcsr.into());
+    number("fcw", x.fcw.into(), y.fcw.into());
+    number("fsw", x.fsw.into(), y.fsw.into());
+    number("ftw", x.ftw.into(), y.ftw.into());
+    number("fop", x.fop.into(), y.fop.into());
+    number("fip", x.fip, y.fip);
+    number("fdp", x.fdp, y.fdp);
+    for n in 0..16 {
+        if x.vec[n] != y.vec[n] {
+            d.push(format!("ymm{n}: {} / {}", hex(&x.vec[n]), hex(&y.vec[n])));
+        }
+    }
+    for n in 0..8 {
+        if x.st[n] != y.st[n] {
+            d.push(format!("st{n}: {} / {}", hex(&x.st[n]), hex(&y.st[n])));
+        }
+    }
+    let ignored = |n: usize| (n as u32).wrapping_sub(case.ignore[0]) < case.ignore[1];
+    if a.data != b.data {
+        let differing: Vec<usize> = (0..DATA_LEN).filter(|n| a.data[*n] != b.data[*n] && !ignored(*n)).collect();
+        for n in differing.iter().take(8) {
+            d.push(format!("[{:#x}]: {:#04x} / {:#04x}", DATA + *n as u64, a.data[*n], b.data[*n]));
+        }
+        if differing.len() > 8 {
+            d.push(format!("... {} bytes of memory in all", differing.len()));
+        }
+    }
+    d
+}
+
+/// The case, readable: instructions and everything that is not zero or usual.
+pub fn describe(case: &Case) -> String {
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+    let mut s = String::new();
+    let mut decoder = Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE);
+    let mut formatter = IntelFormatter::new();
+    while decoder.can_decode() {
+        let i = decoder.decode();
+        let mut text = String::new();
+        formatter.format(&i, &mut text);
+        let at = (i.ip() - case.regs.rip) as usize;
+        let bytes: Vec<String> = case.bytes()[at..at + i.len()].iter().map(|b| format!("{b:02x}")).collect();
+        let _ = writeln!(s, "    {:#x}  {:<32} {text}   ; {:?}", i.ip(), bytes.join(" "), i.code());
+    }
+    let r = &case.regs;
+    let plain = Regs::plain();
+    for (n, name) in NAMES.iter().enumerate() {
+        if r.gpr[n] != 0 {
+            let _ = writeln!(s, "    {name} = {:#x}", r.gpr[n]);
+        }
+    }
+    let mut unusual = |name: &str, x: u64, usual: u64| {
+        if x != usual {
+            let _ = writeln!(s, "    {name} = {x:#x}");
+        }
+    };
+    unusual("rflags", r.rflags, plain.rflags);
+    unusual("mxcsr", r.mxcsr.into(), plain.mxcsr.into());
+    unusual("fcw", r.fcw.into(), plain.fcw.into());
+    unusual("fsw", r.fsw.into(), 0);
+    unusual("ftw", r.ftw.into(), 0);
+    unusual("memory pattern", case.pattern.into(), 0);
+    for n in 0..16 {
+        if r.vec[n] != [0; 32] {
+            let _ = writeln!(s, "    ymm{n} = {}", hex(&r.vec[n]));
+        }
+    }
+    for n in 0..8 {
+        if r.st[n] != [0; 10] {
+            let _ = writeln!(s, "    st{n} = {}", hex(&r.st[n]));
+        }
+    }
+    if case.patch_len != 0 {
+        let (at, len) = (case.patch_at, case.patch_len as usize);
+        let _ = writeln!(s, "    [{:#x}] = {:02x?}", DATA + u64::from(at), &case.patch[..len.min(64)]);
+    }
+    s
+}
