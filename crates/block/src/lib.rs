@@ -36,6 +36,7 @@
 mod error;
 pub mod formats;
 mod image;
+pub mod nbd;
 mod options;
 mod range_lock;
 pub mod storage;

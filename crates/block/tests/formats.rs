@@ -1,6 +1,8 @@
 //! Every format of the table against a model in memory, against itself after reopening, and against `qemu-img` in both
 //! directions. A new format adds its lines to [`CASES`].
 
+#![allow(clippy::unwrap_used)] // a test's helpers fail as the test does
+
 mod common;
 
 use block::{
@@ -33,6 +35,15 @@ const CASES: &[Case] = &[
     case("vpc", "", false),
     case("vpc", "force_size=on", false),
     case("vpc", "subformat=fixed", false),
+    case("vmdk", "", true),
+    case("vmdk", "zeroed_grain=on,adapter_type=lsilogic", true),
+    case("vmdk", "subformat=monolithicFlat", true),
+    case("vmdk", "subformat=twoGbMaxExtentSparse,compat6=on", true),
+    case("vmdk", "subformat=twoGbMaxExtentFlat", true),
+    case("vmdk", "subformat=streamOptimized", true),
+    case("vhdx", "", true),
+    case("vhdx", "block_size=1M,log_size=2M,block_state_zero=off", true),
+    case("vhdx", "subformat=fixed,block_size=2M", true),
 ];
 
 const SIZE: u64 = (21 << 20) + 512;
@@ -220,6 +231,9 @@ fn exercise(case: &Case, name: &str, model: &mut [u8], random: &mut Random, step
 
 /// Lets qemu-io write patterns at random places.
 fn qemu_writes(case: &Case, name: &str, model: &mut [u8], random: &mut Random) -> bool {
+    if case.options.contains("streamOptimized") {
+        return false; // QEMU writes each grain of a stream once
+    }
     let Some(mut command) = qemu("qemu-io") else { return false };
     let (words, image) = case.qemu_name(name);
     command.args(words);

@@ -6,6 +6,7 @@ mod copy;
 mod json;
 mod localtime;
 mod progress;
+mod signals;
 mod text;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -40,9 +41,6 @@ pub fn main(args: impl Iterator<Item = OsString>, personality: Personality) -> E
     match personality {
         Personality::Kvasir | Personality::QemuImg => commands::run(args, personality),
         Personality::QemuIo => commands::io::run(args),
-        Personality::QemuNbd => {
-            eprintln!("qemu-nbd: serving images over NBD is not built in yet");
-            ExitCode::FAILURE
-        }
+        Personality::QemuNbd => commands::serve::run_qemu_nbd(args),
     }
 }

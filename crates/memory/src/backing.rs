@@ -74,6 +74,36 @@ impl Backing {
     }
 }
 
+/// Alignment of guest RAM on the host: guest memory begins at multiples of it too, so that a huge page of the host can
+/// back a huge page of the guest (and KVM map it as one).
+const ALIGNMENT: usize = 2 << 20;
+
+/// Reserves address space for `size` bytes at a multiple of [`ALIGNMENT`].
+fn reserve_aligned(size: usize) -> io::Result<*mut libc::c_void> {
+    let whole = size.checked_add(ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh, inaccessible mapping at an address of the kernel's choice; the result is checked.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let before = start.addr().next_multiple_of(ALIGNMENT) - start.addr();
+    let page = crate::PAGE_SIZE as usize;
+    let size = size.next_multiple_of(page);
+    // SAFETY: the parts before and after the aligned range belong to the mapping just made.
+    unsafe {
+        let at = start.byte_add(before);
+        if before > 0 {
+            libc::munmap(start, before);
+        }
+        let after = whole.next_multiple_of(page) - before - size;
+        if after > 0 {
+            libc::munmap(at.byte_add(size), after);
+        }
+        Ok(at)
+    }
+}
+
 fn memfd(flags: u32, len: u64) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated literal; the result is checked before use.
     let fd = unsafe { libc::memfd_create(c"kvasir-ram".as_ptr(), flags) };
@@ -145,12 +175,20 @@ impl Mapping {
             flags |= libc::MAP_POPULATE;
         }
         let fd = file.as_ref().map_or(-1, |f| f.as_raw_fd());
-        // SAFETY: a fresh mapping at an address of the kernel's choice; the result is checked.
-        let ptr = unsafe {
-            libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0)
-        };
+        let at = if hugetlb { std::ptr::null_mut() } else { reserve_aligned(size)? };
+        if !at.is_null() {
+            flags |= libc::MAP_FIXED;
+        }
+        // SAFETY: either at an address of the kernel's choice, or over the reservation just made for it, which
+        // nothing else refers to; the result is checked.
+        let ptr = unsafe { libc::mmap(at, size, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         if ptr == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            if !at.is_null() {
+                // SAFETY: gives back the reservation, which the failed call left alone.
+                unsafe { libc::munmap(at, size) };
+            }
+            return Err(error);
         }
         let ptr = NonNull::new(ptr.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         if matches!(backing, Backing::Anonymous) {

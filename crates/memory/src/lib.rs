@@ -12,12 +12,14 @@ mod guest;
 mod layout;
 mod size;
 mod tracker;
+mod view;
 
 pub use backing::{Backing, Mapping};
 pub use guest::{GuestMemory, GuestSlice, Region};
 pub use layout::{Layout, MMIO_HOLE_END, Range};
 pub use size::{format_size, parse_size};
 pub use tracker::PageTracker;
+pub use view::FileView;
 
 /// Size of a page, in bytes; the unit of tracking.
 pub const PAGE_SIZE: u64 = 4096;

@@ -5,6 +5,7 @@
 //! that form in AX, and `add al, 0x7f; sahf` loads it.
 #![allow(unsafe_code)]
 
+use crate::native::features::{Host, Leaf};
 use crate::state::Int;
 use std::arch::asm;
 
@@ -500,10 +501,10 @@ pub unsafe fn lock_cmpxchg16b(p: *mut u8, expected: (u64, u64), new: (u64, u64))
 }
 
 macro_rules! host_random {
-    ($($name:ident $ins:literal $feature:literal),*) => {$(
+    ($($name:ident $ins:literal $leaf:ident $bit:literal),*) => {$(
         /// A random number from the host, or `None` if it has none at the moment.
         pub fn $name() -> Option<u64> {
-            if !std::arch::is_x86_feature_detected!($feature) {
+            if Host::get().word(Leaf::$leaf) >> $bit & 1 == 0 {
                 return None;
             }
             let v: u64;
@@ -514,7 +515,7 @@ macro_rules! host_random {
         }
     )*};
 }
-host_random!(rdrand "rdrand" "rdrand", rdseed "rdseed" "rdseed");
+host_random!(rdrand "rdrand" OneEcx 30, rdseed "rdseed" SevenEbx 18);
 
 #[cfg(test)]
 mod tests {

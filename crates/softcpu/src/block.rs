@@ -36,6 +36,8 @@ pub struct Block {
     pub second_page: Option<usize>,
     /// Set when forgotten; the operations then only lead back to the run loop.
     dead: Cell<bool>,
+    /// Executions by the interpreter, as far as the translator wants to know ([`crate::translate::HOT`]).
+    pub heat: Cell<u32>,
 }
 
 impl Block {
@@ -50,6 +52,7 @@ impl Block {
             mode,
             second_page,
             dead: Cell::new(false),
+            heat: Cell::new(0),
         }
     }
 
@@ -122,6 +125,8 @@ pub struct Cache {
     by_page: AddressMap<usize, Vec<*const Block>>,
     jumps: Box<[Jump]>,
     wants_flush: bool,
+    /// The translator, if there is one: what it made of code goes when the code's blocks go.
+    pub translator: Option<Box<crate::translate::Translator>>,
 }
 
 // SAFETY: the raw pointers point into `all`, which moves along with them; only the owning thread follows them.
@@ -146,6 +151,7 @@ impl Cache {
             by_page: AddressMap::default(),
             jumps: vec![NO_JUMP; JUMP_PAGES * JUMP_PER_PAGE].into_boxed_slice(),
             wants_flush: false,
+            translator: None,
         }
     }
 
@@ -186,6 +192,9 @@ impl Cache {
     /// Drops the blocks of a page (host address); returns how many. One that runs now leads back to the run loop
     /// after the current instruction.
     pub fn drop_page(&mut self, page: usize) -> usize {
+        if let Some(t) = &mut self.translator {
+            t.drop_page(page);
+        }
         let Some(blocks) = self.by_page.remove(&page) else { return 0 };
         for p in &blocks {
             // SAFETY: everything in `by_page` is in `all`.
@@ -212,7 +221,15 @@ impl Cache {
         for page in pages {
             self.drop_page(page);
         }
+        if let Some(t) = &mut self.translator {
+            t.drop_all();
+        }
         self.jumps.fill(NO_JUMP);
+        self.wants_flush = true;
+    }
+
+    /// Asks for [`Self::flush`] when no block runs.
+    pub fn request_flush(&mut self) {
         self.wants_flush = true;
     }
 
@@ -228,6 +245,9 @@ impl Cache {
         self.all.clear();
         self.ops = 0;
         self.wants_flush = false;
+        if let Some(t) = &mut self.translator {
+            t.flush();
+        }
         self.jumps.fill(NO_JUMP);
     }
 
@@ -251,6 +271,9 @@ impl Cache {
 
     /// Forgets the entry points in a linear page, and in the one before (an instruction may reach over).
     pub fn drop_jumps(&mut self, lin: u64) {
+        if let Some(t) = &mut self.translator {
+            t.drop_linear(lin);
+        }
         for page in [lin, lin.wrapping_sub(0x1000)] {
             let group = jump_slot(page & !0xfff) / JUMP_PER_PAGE * JUMP_PER_PAGE;
             self.jumps[group..group + JUMP_PER_PAGE].fill(NO_JUMP);

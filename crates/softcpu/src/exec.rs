@@ -65,11 +65,16 @@ impl Cpu {
         loop {
             // SAFETY: blocks live until the cache is flushed, which happens in `boundary` alone.
             let b = unsafe { &*block };
-            self.block = block;
-            self.regs[reg::RIP as usize / 8] = self.rip;
-            self.retired += b.count as u64;
-            let first = b.first();
-            let next = (first.handler)(self, first);
+            let next = match self.run_translated(b) {
+                Some(next) => next,
+                None => {
+                    self.block = block;
+                    self.regs[reg::RIP as usize / 8] = self.rip;
+                    self.retired += b.count as u64;
+                    let first = b.first();
+                    (first.handler)(self, first)
+                }
+            };
             if self.signals_pending() {
                 return if next.0 >= Next::LEAST_ADDRESS { Next::LOOKUP } else { next };
             }
@@ -97,7 +102,7 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn signals_pending(&self) -> bool {
+    pub(crate) fn signals_pending(&self) -> bool {
         // SAFETY: points into `self.signals`, which lives as long.
         let word: &AtomicU32 = unsafe { &*self.signal_word };
         word.load(Ordering::Relaxed) != 0
@@ -105,7 +110,7 @@ impl Cpu {
 
     /// The block at RIP.
     #[inline]
-    fn lookup(&mut self) -> Res<*const Block> {
+    pub(crate) fn lookup(&mut self) -> Res<*const Block> {
         if !self.mode.contains(Mode::LIMITED)
             && let Some(b) = self.code.jump(self.rip, self.jump_key())
         {
@@ -154,7 +159,12 @@ impl Cpu {
         }
         let block = match found {
             Some(b) => b,
-            None => decode::block(self, page, lin)?,
+            None => {
+                if !self.guard_code(page) {
+                    return Err(self.retry_fetch());
+                }
+                decode::block(self, page, lin)?
+            }
         };
         if !self.mode.contains(Mode::LIMITED) {
             let key = self.jump_key();
@@ -169,7 +179,7 @@ impl Cpu {
     }
 
     /// Fetching at RIP faulted.
-    fn fetch_fault(&mut self) -> Next {
+    pub(crate) fn fetch_fault(&mut self) -> Next {
         self.fault_op = std::ptr::null();
         self.block = std::ptr::null();
         Next::FAULT
@@ -188,6 +198,9 @@ impl Cpu {
             self.fault_op = std::ptr::null();
         }
         self.link = std::ptr::null();
+        if self.exception.retry {
+            return None;
+        }
         if let Some(why) = self.exception.internal {
             return Some(Exit::InternalError(format!("{why}\n{}", self.dump())));
         }

@@ -47,6 +47,8 @@ pub struct Exception {
     pub dr6: u64,
     /// A trap: the instruction has completed, and RIP is already past it.
     pub trap: bool,
+    /// No exception at all: the memory map changed while code was being fetched, so the fetch starts over.
+    pub retry: bool,
     /// The guest asked for what the software CPU cannot do (such as executing from a device register): the VM stops.
     pub internal: Option<&'static str>,
 }
@@ -97,6 +99,13 @@ impl Cpu {
     #[inline(never)]
     pub fn raise_internal(&mut self, why: &'static str) -> Fault {
         self.exception = Exception { internal: Some(why), ..Default::default() };
+        Fault(())
+    }
+
+    /// Records that the fetch at RIP starts over.
+    #[cold]
+    pub(crate) fn retry_fetch(&mut self) -> Fault {
+        self.exception = Exception { retry: true, ..Default::default() };
         Fault(())
     }
 

@@ -29,10 +29,11 @@ mod stats;
 mod system;
 mod segments;
 mod task;
+pub mod translate;
 mod vcpu;
 pub mod vm;
 
-pub use accelerator::SoftAccel;
+pub use accelerator::{SoftAccel, SoftSpec};
 pub use fault::{Fault, Res};
 pub use state::Cpu;
 pub use vcpu::SoftVcpu;

@@ -303,6 +303,8 @@ pub struct Cpu {
     pub shadow: bool,
     /// #DB bits (as in DR6) found while an instruction ran, to be raised when it has completed.
     pub pending_db: u64,
+    /// What translated code needs beside the above.
+    pub jit: crate::translate::State,
     /// Floating-point and vector registers.
     pub fpu: crate::fpu::Fpu,
     /// Model-specific registers.

@@ -229,12 +229,18 @@ impl Shared {
 #[derive(Debug, Default)]
 pub struct SoftVm {
     shared: Arc<Shared>,
+    spec: crate::SoftSpec,
 }
 
 impl SoftVm {
     /// Without memory and vCPUs.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Without memory and vCPUs.
+    pub fn with(spec: crate::SoftSpec) -> Self {
+        Self { spec, ..Self::default() }
     }
 
     fn check(&self, id: SlotId) -> Result<()> {
@@ -248,7 +254,9 @@ impl Vm for SoftVm {
         if config.apic.is_none() {
             return Err(Error::Unsupported("the software CPU needs a local APIC for each vCPU".into()));
         }
-        Ok(Box::new(SoftVcpu::new(self.shared.clone(), config)?))
+        let mut vcpu = SoftVcpu::new(self.shared.clone(), config)?;
+        vcpu.cpu().set_up_translator(&self.spec)?;
+        Ok(Box::new(vcpu))
     }
 
     fn map(&self, slot: Slot) -> Result<SlotId> {

@@ -458,6 +458,12 @@ pub trait Format: Send + Sync {
         false
     }
 
+    /// Whether data can only be stored compressed: [`crate::Image`] then compresses whole units for every write, and
+    /// [`Format::compress`] never declines.
+    fn compressed_only(&self) -> bool {
+        false
+    }
+
     /// Stores one unit compressed. `offset` is a multiple of the unit.
     fn write_compressed(&self, _offset: u64, _data: &[u8]) -> Result<()> {
         Err(Error::unsupported("this format cannot store compressed data"))

@@ -20,6 +20,11 @@ formats! {
     qcow2,
     vdi,
     vpc,
+    vmdk,
+    vhdx,
+    qed,
+    parallels,
+    qcow,
     raw,
 }
 

@@ -5,7 +5,7 @@
 
 use super::{
     CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
-    support::{self, MetaCache, Slot, Tail, flush_ordered, le32, le64, put},
+    support::{self, MetaCache, Places, Slot, Tail, flush_ordered, le32, le64, put},
 };
 use crate::{
     Error, Result,
@@ -357,7 +357,7 @@ impl Format for Vdi {
     fn check(&self, repair: Repair) -> Result<CheckReport> {
         let Header { blocks, data, block, .. } = self.header;
         let mut report = CheckReport { total_clusters: u64::from(blocks), ..CheckReport::default() };
-        let mut used = vec![0u8; (blocks as usize).div_ceil(8)];
+        let mut used = Places::new(u64::from(blocks))?;
         let (mut last, mut next) = (None, 0u32);
         let mut bytes = vec![0; 1 << 16];
         for first in (0..u64::from(blocks)).step_by(1 << 14) {
@@ -373,12 +373,10 @@ impl Format for Vdi {
                     report.say(format!("ERROR: block index {index} out of range, is {entry}"));
                     continue;
                 }
-                let (byte, bit) = (entry as usize / 8, 1 << (entry % 8));
-                if used[byte] & bit != 0 {
+                if !used.claim(u64::from(entry)) {
                     report.corruptions += 1;
                     report.say(format!("ERROR: block index {entry} also used by {index}"));
                 }
-                used[byte] |= bit;
                 report.allocated_clusters += 1;
                 report.fragmented_clusters += u64::from(last.is_some_and(|l: u32| l.wrapping_add(1) != entry));
                 last = Some(entry);

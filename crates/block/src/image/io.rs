@@ -238,6 +238,10 @@ impl Image {
     }
 
     fn write_piece(&self, buf: &[u8], offset: u64, placed: &mut dyn FnMut()) -> Result<()> {
+        if self.format.compressed_only() {
+            placed();
+            return self.write_packed(buf, offset);
+        }
         {
             let _guard = self.shared(offset, buf.len() as u64);
             let in_place = with_extents(|extents| {
@@ -270,6 +274,30 @@ impl Image {
         let _guard = self.exclusive(offset, buf.len() as u64);
         self.forget_decoded();
         self.write_exclusive(buf, offset, placed)
+    }
+
+    /// Writes to a format that stores nothing but compressed units: each unit is read, changed, compressed and stored anew.
+    fn write_packed(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let unit = self.format.unit();
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let start = at - at % unit;
+            let stop = end.min(start + unit);
+            let whole = (start + unit).min(self.size()) - start;
+            let _guard = self.exclusive(start, whole);
+            self.forget_decoded();
+            let part = &buf[(at - offset) as usize..(stop - offset) as usize];
+            let mut bytes = vec![0; unit as usize];
+            if part.len() as u64 != whole {
+                self.read_locked(&mut bytes[..whole as usize], start)?;
+            }
+            bytes[(at - start) as usize..(stop - start) as usize].copy_from_slice(part);
+            let packed = self.format.compress(&bytes)?.ok_or_else(|| Error::invalid("the format did not compress a unit"))?;
+            self.format.write_compressed(start, &packed)?;
+            at = stop;
+        }
+        Ok(())
     }
 
     /// Writes with allocation, while the caller holds the range exclusively.

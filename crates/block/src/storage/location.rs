@@ -18,6 +18,8 @@ pub enum Location {
         /// Whether reads clear the buffer.
         zeroes: bool,
     },
+    /// An export of an NBD server.
+    Nbd(crate::nbd::NbdAddress),
     /// A protocol that exists elsewhere.
     Unsupported {
         /// The protocol's name.
@@ -41,6 +43,7 @@ impl Location {
         let rest = &name[scheme.len() + 1..];
         Ok(match scheme {
             "file" | "host_device" => Location::File(PathBuf::from(rest.strip_prefix("//").unwrap_or(rest))),
+            "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+unix" => Location::Nbd(crate::nbd::NbdAddress::parse(name)?),
             "null-co" | "null-aio" => Location::Null { size: 1 << 30, zeroes: false },
             "iscsi" | "iser" | "rbd" | "ssh" | "nfs" | "gluster" | "sheepdog" | "ftp" | "ftps" => {
                 Location::Unsupported {
@@ -63,6 +66,16 @@ impl Location {
                 };
                 let zeroes = options.remove("read-zeroes").is_some_and(|v| v == "on" || v == "true");
                 Ok(Location::Null { size, zeroes })
+            }
+            Some("nbd") => {
+                let mut take = |key: &str| options.remove(key).or_else(|| options.remove(&format!("server.{key}")));
+                let socket = take("path").map(PathBuf::from);
+                let host = take("host").unwrap_or_else(|| "localhost".into());
+                let port = take("port").unwrap_or_else(|| "10809".into());
+                let port = port.parse().map_err(|_| Error::usage(format!("Invalid port '{port}'")))?;
+                let export = take("export").unwrap_or_default();
+                options.remove("server.type");
+                Ok(Location::Nbd(crate::nbd::NbdAddress { socket, host, port, export }))
             }
             None | Some("file" | "host_device") => match options.remove("filename") {
                 Some(name) if driver.is_some() => Ok(Location::File(PathBuf::from(name))),

@@ -8,6 +8,7 @@ mod location;
 mod lock;
 mod memory;
 mod null;
+mod record;
 mod window;
 
 use crate::{Error, Result};
@@ -19,6 +20,7 @@ pub use location::{Location, absolute_name, join_name, parse_json_name};
 pub use lock::Permissions;
 pub use memory::MemoryStorage;
 pub use null::NullStorage;
+pub use record::{Change, RecordingStorage};
 pub use window::Window;
 
 /// What the host holds at a range.
@@ -206,6 +208,7 @@ pub fn open(location: &Location, options: &StorageOptions) -> Result<Arc<dyn Sto
     match location {
         Location::File(path) => Ok(Arc::new(FileStorage::open(path, options)?)),
         Location::Null { size, zeroes } => Ok(Arc::new(NullStorage::new(*size, *zeroes))),
+        Location::Nbd(address) => Ok(Arc::new(crate::nbd::NbdStorage::open(address, options)?)),
         Location::Unsupported { scheme, advice } => {
             Err(Error::unsupported(format!("Protocol '{scheme}' is not built in: {advice}")))
         }
@@ -217,6 +220,13 @@ pub fn create(location: &Location, size: u64) -> Result<Arc<dyn Storage>> {
     match location {
         Location::File(path) => Ok(Arc::new(FileStorage::create(path, size)?)),
         Location::Null { .. } => Err(Error::unsupported("Driver 'null-co' does not support image creation")),
+        Location::Nbd(address) => {
+            let storage = crate::nbd::NbdStorage::open(address, &StorageOptions::default())?;
+            if storage.size()? < size {
+                return Err(Error::usage(format!("NBD export '{address}' is smaller than {size} bytes")));
+            }
+            Ok(Arc::new(storage))
+        }
         Location::Unsupported { scheme, advice } => {
             Err(Error::unsupported(format!("Protocol '{scheme}' is not built in: {advice}")))
         }

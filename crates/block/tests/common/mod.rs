@@ -3,6 +3,8 @@
 
 use std::{path::Path, process::Command};
 
+pub mod siblings;
+
 /// A program of QEMU's, from `KVASIR_QEMU_BIN` or the path; `None` (with a note) where it is not installed.
 pub fn qemu(program: &str) -> Option<Command> {
     let path = match std::env::var_os("KVASIR_QEMU_BIN") {

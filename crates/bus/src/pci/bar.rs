@@ -104,7 +104,8 @@ struct Claim {
 /// there first keeps answering; the other claim waits and is served once the place is free. Lock order: taken under
 /// function locks, and takes the bus maps' locks.
 pub(super) struct Decoder {
-    bus: Arc<Bus>,
+    /// Weak: the bus holds the devices, and they hold this.
+    bus: Weak<Bus>,
     table: Mutex<Table>,
 }
 
@@ -115,8 +116,8 @@ struct Table {
 }
 
 impl Decoder {
-    pub(super) fn new(bus: Arc<Bus>) -> Arc<Self> {
-        Arc::new(Self { bus, table: Mutex::default() })
+    pub(super) fn new(bus: &Arc<Bus>) -> Arc<Self> {
+        Arc::new(Self { bus: Arc::downgrade(bus), table: Mutex::default() })
     }
 
     /// A number for a function that will make claims.
@@ -132,10 +133,11 @@ impl Decoder {
 
     /// Maps what waits and now can be.
     fn settle(&self, table: &mut Table) {
+        let Some(bus) = self.bus.upgrade() else { return };
         for claim in table.claims.iter_mut().filter(|c| !c.mapped) {
             let Some(device) = claim.device.upgrade() else { continue };
             let region = RegionId(claim.bar.into());
-            match self.bus.map_shared(claim.space, claim.start, claim.len, &claim.name, device, region) {
+            match bus.map_shared(claim.space, claim.start, claim.len, &claim.name, device, region) {
                 Ok(()) => claim.mapped = true,
                 Err(e) => tracing::debug!("BAR {} stays unmapped: {e}", claim.bar),
             }
@@ -161,8 +163,8 @@ impl Decoder {
         let mut table = self.lock();
         if let Some(i) = table.claims.iter().position(|c| c.owner == plug.owner && c.bar == bar) {
             let claim = table.claims.swap_remove(i);
-            if claim.mapped {
-                self.bus.unmap(claim.space, claim.start);
+            if let (true, Some(bus)) = (claim.mapped, self.bus.upgrade()) {
+                bus.unmap(claim.space, claim.start);
                 self.settle(&mut table);
             }
         }

@@ -66,9 +66,9 @@ pub(super) fn lock(function: &SharedFunction) -> MutexGuard<'_, dyn PciFunction 
 }
 
 impl PciBus {
-    /// Bus 0. BARs decode on `bus`. INTx pins are spread over `pins` (PC: eight, IOAPIC inputs 16 to 23); none leaves
+    /// Bus 0. BARs decode on `bus` (which is not kept alive). INTx pins are spread over `pins` (PC: eight, IOAPIC inputs 16 to 23); none leaves
     /// them unconnected.
-    pub fn root(bus: Arc<Bus>, pins: Vec<Arc<IrqPin>>) -> Arc<Self> {
+    pub fn root(bus: &Arc<Bus>, pins: Vec<Arc<IrqPin>>) -> Arc<Self> {
         Arc::new(Self { slots: RwLock::default(), wiring: Wiring::Pins(pins), decoder: Decoder::new(bus) })
     }
 

@@ -80,7 +80,7 @@ impl Machine {
         let notes = Arc::new(Notes::default());
         let bus = Arc::new(Bus::new());
         let pins = (16..24).map(|gsi| IrqPin::new(notes.clone(), gsi)).collect();
-        let pci = PciBus::root(bus.clone(), pins);
+        let pci = PciBus::root(&bus, pins);
         Self { notes, bus, pci }
     }
 
@@ -91,7 +91,7 @@ impl Machine {
     }
 
     fn windows() -> Windows {
-        Windows { mmio32: 0xc000_0000..0xe000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000, io: 0x1000..0x2000 }
+        Windows { mmio32: 0xc000_0000..0xe000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000, io: 0x1000..0x8000 }
     }
 
     fn memory(&self, at: u64) -> u8 {
@@ -231,10 +231,11 @@ fn resources_are_assigned() {
     assert_eq!(get32(&m.pci, 0, 0, 0x60), 0xe000_0001);
     m.pci.assign_resources(&mut Machine::windows()).unwrap();
     for (i, probe) in probes.iter().enumerate() {
-        let probe = probe.lock().unwrap();
         for (bar, region) in [(1, 1), (2, 2)] {
-            assert_eq!(m.memory(probe.config.bar_address(bar).unwrap()), region);
+            let at = probe.lock().unwrap().config.bar_address(bar).unwrap();
+            assert_eq!(m.memory(at), region);
         }
+        let probe = probe.lock().unwrap();
         assert!(probe.config.bar_address(0).is_some());
         // Slot s, INTA: pin s of eight.
         assert_eq!(probe.config.get_u8(reg::INTERRUPT_LINE), 16 + (i as u8 + 1));

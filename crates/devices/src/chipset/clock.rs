@@ -218,7 +218,9 @@ impl TimerInner {
             return;
         }
         // A deadline beyond what an Instant can express (centuries) never comes.
-        let Some(at) = since.checked_add(Duration::from_nanos(due.saturating_sub(time.value))) else { return };
+        let Some(at) = since.checked_add(Duration::from_nanos(due.saturating_sub(time.value))) else {
+            return;
+        };
         state.armed = Some(due);
         host.arm(at);
     }

@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::*;
 use crate::chipset::output::Recorder;
-use accel::{CpuSignals, Irqs, Signal};
+use accel::{CpuSignals, Signal};
 use base::Timers;
 use bus::{Device, IrqPin, RegionId, System};
 use proptest::prelude::*;
@@ -39,7 +39,8 @@ impl Machine {
 
     /// One of each device.
     fn subjects(&self) -> Vec<Subject> {
-        let subject = |device: Box<dyn Device>, regions: &[Region]| Subject { device, regions: regions.to_vec() };
+        let subject =
+            |device: Box<dyn Device>, regions: &[Region]| Subject { device, regions: regions.to_vec() };
         let system = System::new(|_| {});
         let chardev = Arc::new(Recorder::default());
         let [pit_line, rtc_line] = [0, 8].map(|gsi| LegacyLine::new(self.pin(gsi).line()));
@@ -111,7 +112,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => place.clone().prop_map(|(region, offset, size)| Step::Read { region, offset, size }),
         8 => (place, value)
             .prop_map(|((region, offset, size), value)| Step::Write { region, offset, size, value }),
-        2 => prop_oneof![0..1000u64, 0..10_000_000, 0..2_000_000_000].prop_map(|nanoseconds| Step::Wait { nanoseconds }),
+        2 => prop_oneof![0..1000u64, 0..10_000_000u64, 0..200_000_000u64]
+            .prop_map(|nanoseconds| Step::Wait { nanoseconds }),
         2 => Just(Step::Serve),
         1 => Just(Step::Reset),
     ]
@@ -156,7 +158,7 @@ fn saved(device: &dyn Device) -> serde_json::Value {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
 
     #[test]
     fn any_access_is_survived_and_saved(
@@ -182,6 +184,48 @@ proptest! {
         // And it goes on from there.
         for s in &steps {
             twin.perform(s, &other);
+        }
+    }
+}
+
+/// An access to a local APIC, by one of two vCPUs.
+fn apic_access() -> impl Strategy<Value = (usize, bool, bool, u32, u64)> {
+    let value = prop_oneof![any::<u64>(), 0..0x100u64, (0..64u32).prop_map(|b| 1 << b), Just(0xfee0_0d00)];
+    let register = prop_oneof![8 => 0..0x40u32, 1 => Just(0x1b), 1 => Just(0x6e0)];
+    (0..2usize, any::<bool>(), any::<bool>(), register, value)
+}
+
+proptest! {
+    #[test]
+    fn local_apics_survive_any_access(accesses in prop::collection::vec(apic_access(), 1..200)) {
+        let clock = Clock::manual();
+        let cpu = |apic_id| ApicCpu { apic_id, signals: Arc::new(CpuSignals::new()) };
+        let chip = Irqchip::new(vec![cpu(0), cpu(5)], &clock);
+        let apics = [0, 1].map(|i| chip.local_apic(i).unwrap());
+        for apic in &apics {
+            apic.write(0xf0, &0x1ffu32.to_le_bytes());
+        }
+        for (cpu, by_msr, write, register, value) in accesses {
+            let apic = &apics[cpu];
+            match (by_msr || register >= 0x40, write) {
+                (true, _) => {
+                    let msr = if register == 0x1b || register == 0x6e0 { register } else { 0x800 + register };
+                    // Faults are the guest's affair.
+                    let _ = if write { apic.write_msr(msr, value) } else { apic.read_msr(msr).map(|_| ()) };
+                }
+                (_, true) => apic.write(u64::from(register) << 4, &value.to_le_bytes()[..4]),
+                (_, false) => apic.read(u64::from(register) << 4, &mut [0; 4]),
+            }
+            apic.set_cr8(value as u8);
+            clock.advance(value & 0xffff);
+            if apic.has_interrupt() {
+                prop_assert!(apic.acknowledge().is_some());
+            }
+        }
+        for apic in &apics {
+            let page = apic.save();
+            apic.load(&page).unwrap();
+            prop_assert_eq!(apic.save(), page);
         }
     }
 }

@@ -18,8 +18,12 @@ const NANOSECONDS_PER_TICK: u64 = 10;
 const MIN_PERIOD: u64 = 50_000;
 
 /// Capabilities: revision 1, three timers, 64-bit counter, legacy replacement, Intel, 10^7 femtoseconds.
-const CAPABILITIES: u64 =
-    1 | ((TIMERS as u64 - 1) << 8) | 1 << 13 | 1 << 15 | 0x8086 << 16 | ((NANOSECONDS_PER_TICK * 1_000_000) << 32);
+const CAPABILITIES: u64 = 1
+    | ((TIMERS as u64 - 1) << 8)
+    | 1 << 13
+    | 1 << 15
+    | 0x8086 << 16
+    | ((NANOSECONDS_PER_TICK * 1_000_000) << 32);
 
 /// Registers.
 mod offset {
@@ -157,7 +161,11 @@ impl Inner {
     }
 
     fn counter(&self) -> u64 {
-        if self.running() { (self.clock.now() / NANOSECONDS_PER_TICK).wrapping_add(self.base) } else { self.base }
+        if self.running() {
+            (self.clock.now() / NANOSECONDS_PER_TICK).wrapping_add(self.base)
+        } else {
+            self.base
+        }
     }
 
     fn set_counter(&mut self, value: u64) {
@@ -251,7 +259,9 @@ impl Inner {
             offset::STATUS => self.r.status,
             offset::COUNTER => self.counter(),
             offset::TIMERS.. => {
-                let Some(c) = self.r.comparators.get(((at - offset::TIMERS) / 0x20) as usize) else { return 0 };
+                let Some(c) = self.r.comparators.get(((at - offset::TIMERS) / 0x20) as usize) else {
+                    return 0;
+                };
                 match at & 0x1f {
                     0x00 => {
                         let capable = timer::PERIODIC_CAPABLE | timer::SIZE_64 | timer::MESSAGE_CAPABLE;
@@ -355,10 +365,10 @@ impl Device for Hpet {
     fn write(&mut self, _: RegionId, offset: u64, data: &[u8]) {
         // Registers are written by doubleword or whole; anything else is not defined, and ignored.
         let (value, mask) = match data.len() {
-            4 if offset & 3 == 0 => (u64::from(u32::from_le_bytes([data[0], data[1], data[2], data[3]])), 0xffff_ffff),
-            8 if offset & 7 == 0 => {
-                (data.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b)), u64::MAX)
+            4 if offset & 3 == 0 => {
+                (u64::from(u32::from_le_bytes([data[0], data[1], data[2], data[3]])), 0xffff_ffff)
             }
+            8 if offset & 7 == 0 => (data.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b)), u64::MAX),
             _ => return,
         };
         let shift = (offset & 7) * 8;

@@ -49,7 +49,11 @@ impl IoApic {
     pub(super) fn set_line(&mut self, pin: usize, level: bool, send: &mut dyn FnMut(Message) -> bool) {
         let bit = 1u32 << pin;
         let rising = level && self.lines & bit == 0;
-        if level { self.lines |= bit } else { self.lines &= !bit }
+        if level {
+            self.lines |= bit
+        } else {
+            self.lines &= !bit
+        }
         let entry = self.entries[pin];
         // An edge that comes while the entry is masked is lost, a level is not.
         if level && (rising || entry & LEVEL != 0) {
@@ -63,7 +67,8 @@ impl IoApic {
         if entry & MASKED != 0 || (level && entry & REMOTE_IRR != 0) {
             return;
         }
-        let Some(delivery) = Delivery::from_bits((entry >> 8) as u32).filter(|d| *d != Delivery::Startup) else {
+        let Some(delivery) = Delivery::from_bits((entry >> 8) as u32).filter(|d| *d != Delivery::Startup)
+        else {
             return;
         };
         let destination = Destination::new((entry >> 56) as u32, entry & 0x800 != 0, false);

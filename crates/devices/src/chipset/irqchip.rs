@@ -228,7 +228,10 @@ impl LocalApic for Handle {
     }
     fn load(&self, page: &[u8]) -> accel::Result<()> {
         let page: &[u8; PAGE] = page.try_into().map_err(|_| {
-            accel::Error::BadState(format!("local APIC page of {} bytes where {PAGE} are expected", page.len()))
+            accel::Error::BadState(format!(
+                "local APIC page of {} bytes where {PAGE} are expected",
+                page.len()
+            ))
         })?;
         self.lapic().load(page);
         Ok(())
@@ -490,6 +493,7 @@ mod tests {
     fn the_8259_comes_through_lint0() {
         let r = Rig::new(2);
         r.program_pic();
+        r.put(0, LINT0, 0x1_0700);
         r.chip.set_line(4, true);
         assert_eq!(r.takers(), [0; 0], "masked");
         r.put(0, LINT0, 0x700);
@@ -707,6 +711,43 @@ mod tests {
         assert!(b.apics[0].load(&page[1..]).is_err());
     }
 
+    /// Several threads post while the vCPU takes, sleeps and changes its priority: none may be lost.
+    #[test]
+    fn nothing_is_lost_between_threads() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        use std::time::{Duration, Instant};
+        const EACH: u32 = 5_000;
+        let r = Rig::new(1);
+        let taken: Vec<AtomicU32> = (0..3).map(|_| AtomicU32::new(0)).collect();
+        std::thread::scope(|scope| {
+            for (i, count) in taken.iter().enumerate() {
+                let chip = &r.chip;
+                scope.spawn(move || {
+                    for n in 0..EACH {
+                        chip.msi(0xfee0_0000, 0x31 + 0x40 * i as u32);
+                        while count.load(Ordering::SeqCst) == n {
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+            let (apic, mut left) = (&r.apics[0], 3 * EACH);
+            while left > 0 {
+                let deadline = Instant::now() + Duration::from_secs(60);
+                r.signals[0].wait(Signal::INTERRUPT, Some(deadline));
+                assert_eq!(r.signals[0].take(Signal::INTERRUPT), Signal::INTERRUPT, "{left} left");
+                while let Some(vector) = apic.acknowledge() {
+                    apic.set_cr8(if left % 3 == 0 { 15 } else { 0 });
+                    taken[usize::from(vector - 0x31) / 0x40].fetch_add(1, Ordering::SeqCst);
+                    left -= 1;
+                    r.put(0, EOI, 0);
+                    apic.set_cr8(0);
+                }
+            }
+        });
+        assert!(taken.iter().all(|t| t.load(Ordering::SeqCst) == EACH));
+    }
+
     #[test]
     fn device_save_and_load() {
         let (a, b) = (Rig::new(1), Rig::new(1));
@@ -714,7 +755,7 @@ mod tests {
         a.redirect(5, 0x8041);
         a.chip.set_line(5, true);
         let state = a.device().save().unwrap();
-        b.put(0, LINT0, 0x700);
+        // The bootstrap processor has the 8259s at LINT0 from the start.
         b.device().load(state.clone()).unwrap();
         assert_eq!(b.device().save().unwrap(), state);
         assert_eq!(b.take(0), Some(0x25));

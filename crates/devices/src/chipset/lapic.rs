@@ -157,6 +157,12 @@ impl Lapic {
         let bsp = if self.index == 0 { BASE_BSP } else { 0 };
         self.base.store(DEFAULT_ADDRESS | BASE_ENABLE | bsp, Ordering::SeqCst);
         self.init();
+        if self.index == 0 {
+            // "Virtual wire": what firmware sets up, and systems that are started without it expect, is that the
+            // bootstrap processor gets the 8259s' interrupts.
+            self.put(reg::LVT_LINT0, 0x700);
+            self.look_at_lint0();
+        }
     }
 
     /// INIT (SDM vol. 3, 11.4.7.1 and 11.4.7.3): all but the ID and base.

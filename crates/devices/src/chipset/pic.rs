@@ -52,6 +52,11 @@ struct Chip {
 }
 
 impl Chip {
+    /// After power-on everything is masked, so that a chip that nobody has given vectors yet interrupts nobody.
+    fn power_on() -> Self {
+        Self { imr: 0xff, ..Self::default() }
+    }
+
     /// Inputs that are level-triggered.
     fn level(&self) -> u8 {
         if self.all_level { 0xff } else { self.elcr }
@@ -207,13 +212,13 @@ pub(super) struct Pic {
 
 impl Pic {
     pub(super) fn new() -> Self {
-        Self { master: Chip::default(), slave: Chip::default() }
+        Self { master: Chip::power_on(), slave: Chip::power_on() }
     }
 
     /// RESET; the inputs are what they are.
     pub(super) fn reset(&mut self) {
         for chip in [&mut self.master, &mut self.slave] {
-            *chip = Chip { lines: chip.lines, ..Chip::default() };
+            *chip = Chip { lines: chip.lines, ..Chip::power_on() };
         }
         self.cascade();
     }
@@ -296,7 +301,11 @@ impl Pic {
     /// Guest write of a chip's command or data port.
     pub(super) fn write(&mut self, slave: bool, data_port: bool, value: u8) {
         let chip = self.chip(slave);
-        if data_port { chip.write_data(value) } else { chip.write_command(value) }
+        if data_port {
+            chip.write_data(value)
+        } else {
+            chip.write_command(value)
+        }
         self.cascade();
     }
 

@@ -66,7 +66,15 @@ pub(super) struct Keyboard {
 
 impl Keyboard {
     pub(super) fn new() -> Self {
-        Self { queue: VecDeque::new(), set: 2, enabled: true, pending: None, leds: 0, typematic: 0x2b, last: 0 }
+        Self {
+            queue: VecDeque::new(),
+            set: 2,
+            enabled: true,
+            pending: None,
+            leds: 0,
+            typematic: 0x2b,
+            last: 0,
+        }
     }
 
     pub(super) fn is_valid(&self) -> bool {
@@ -125,7 +133,8 @@ impl Keyboard {
     }
 
     fn defaults(&mut self) {
-        *self = Self { queue: std::mem::take(&mut self.queue), leds: self.leds, last: self.last, ..Self::new() };
+        *self =
+            Self { queue: std::mem::take(&mut self.queue), leds: self.leds, last: self.last, ..Self::new() };
     }
 
     /// A byte from the host.
@@ -254,7 +263,8 @@ impl Mouse {
         }
         let changed = self.buttons != buttons & 0x1f || self.moved != [0; 3];
         self.buttons = buttons & 0x1f;
-        if self.reporting && !self.remote && !self.wrap && changed && self.queue.len() + 4 <= QUEUE - RESERVED {
+        if self.reporting && !self.remote && !self.wrap && changed && self.queue.len() + 4 <= QUEUE - RESERVED
+        {
             self.report();
         }
     }

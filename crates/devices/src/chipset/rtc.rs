@@ -182,7 +182,7 @@ impl Inner {
             return self.clock.now().into();
         }
         match SystemTime::now().duration_since(UNIX_EPOCH) {
-            Ok(since) => since.as_nanos() as i128,       // far from 2^127
+            Ok(since) => since.as_nanos() as i128, // far from 2^127
             Err(before) => -(before.duration().as_nanos() as i128),
         }
     }
@@ -327,10 +327,15 @@ impl Inner {
         if self.frozen.is_none() && awaited & UPDATE != 0 {
             at(shown((second + 1) * SECOND));
         }
-        if self.frozen.is_none() && awaited & ALARM != 0 && let Some(a) = self.next_alarm(second as i64) {
+        if self.frozen.is_none()
+            && awaited & ALARM != 0
+            && let Some(a) = self.next_alarm(second as i64)
+        {
             at(shown(i128::from(a) * SECOND));
         }
-        if awaited & PERIODIC != 0 && let Some(p) = self.period() {
+        if awaited & PERIODIC != 0
+            && let Some(p) = self.period()
+        {
             at((clock / p + 1).saturating_mul(p));
         }
         match next {
@@ -518,8 +523,17 @@ mod tests {
             self.edges.0.swap(0, Ordering::SeqCst)
         }
         fn time(&mut self) -> [u8; 8] {
-            [reg::CENTURY, reg::YEAR, reg::MONTH, reg::DAY, reg::HOURS, reg::MINUTES, reg::SECONDS, reg::WEEKDAY]
-                .map(|r| self.get(r))
+            [
+                reg::CENTURY,
+                reg::YEAR,
+                reg::MONTH,
+                reg::DAY,
+                reg::HOURS,
+                reg::MINUTES,
+                reg::SECONDS,
+                reg::WEEKDAY,
+            ]
+            .map(|r| self.get(r))
         }
     }
 

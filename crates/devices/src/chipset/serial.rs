@@ -308,7 +308,9 @@ impl Port {
         let old = Msr::from_bits_truncate(self.r.msr);
         let changed = old ^ inputs;
         let mut deltas = old & (Msr::DELTA_CTS | Msr::DELTA_DSR | Msr::RING_ENDED | Msr::DELTA_DCD);
-        for (input, delta) in [(Msr::CTS, Msr::DELTA_CTS), (Msr::DSR, Msr::DELTA_DSR), (Msr::DCD, Msr::DELTA_DCD)] {
+        for (input, delta) in
+            [(Msr::CTS, Msr::DELTA_CTS), (Msr::DSR, Msr::DELTA_DSR), (Msr::DCD, Msr::DELTA_DCD)]
+        {
             if changed.contains(input) {
                 deltas |= delta;
             }

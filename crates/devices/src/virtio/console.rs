@@ -357,3 +357,187 @@ impl VirtioDevice for Console {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bus::virtio::testing::{Guest, TRANSPORTS, Transport};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A terminal that remembers.
+    #[derive(Default)]
+    struct Terminal {
+        output: Mutex<Vec<u8>>,
+        frontend: Mutex<Option<Arc<dyn CharFrontend>>>,
+        resumed: AtomicU32,
+    }
+
+    impl Chardev for Terminal {
+        fn write(&self, data: &[u8]) {
+            lock(&self.output).extend(data);
+        }
+        fn attach(&self, frontend: Arc<dyn CharFrontend>) {
+            *lock(&self.frontend) = Some(frontend);
+        }
+        fn resume_input(&self) {
+            self.resumed.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    impl Terminal {
+        fn frontend(&self) -> Arc<dyn CharFrontend> {
+            lock(&self.frontend).clone().unwrap()
+        }
+    }
+
+    fn console(terminal: &Arc<Terminal>) -> Box<dyn VirtioDevice> {
+        Box::new(Console::new(&Spec::default(), terminal.clone(), &Timers::new()))
+    }
+
+    fn guest(transport: Transport) -> (Guest, Arc<Terminal>) {
+        let terminal = Arc::new(Terminal::default());
+        let mut guest = Guest::new(console(&terminal), transport, true);
+        guest.bring_up(u64::MAX, 2);
+        (guest, terminal)
+    }
+
+    #[test]
+    fn output_comes_out() {
+        for transport in TRANSPORTS {
+            let (mut guest, terminal) = guest(transport);
+            guest.mem.write(0x10_0000, b"hello ").unwrap();
+            guest.mem.write(0x10_1000, b"world").unwrap();
+            assert_eq!(guest.request(TRANSMIT, &[(0x10_0000, 6, false), (0x10_1000, 5, false)]), 0);
+            assert_eq!(*lock(&terminal.output), b"hello world");
+            assert!(guest.take_interrupt(TRANSMIT));
+        }
+    }
+
+    #[test]
+    fn large_output_comes_whole_and_in_order() {
+        let terminal = Arc::new(Terminal::default());
+        let timers = Timers::new();
+        let device = Box::new(Console::new(&Spec::default(), terminal.clone(), &timers));
+        let mut guest = Guest::new(device, Transport::Pci, false);
+        guest.bring_up(0, 2);
+        let pattern: Vec<u8> = (0..0x8_0000u32).map(|i| (i / 7) as u8).collect();
+        guest.mem.write(0x10_0000, &pattern).unwrap();
+        // All made available before the one notification: more than one burst.
+        for i in 0..32 {
+            guest.rings[1].add(&[(0x10_0000 + i * 0x4000, 0x4000, false)]).unwrap();
+        }
+        guest.notify(TRANSMIT);
+        for _ in 0..32 {
+            guest.wait_used(TRANSMIT);
+        }
+        assert!(*lock(&terminal.output) == pattern);
+    }
+
+    #[test]
+    fn input_goes_in_and_waits_for_room() {
+        for transport in TRANSPORTS {
+            let (mut guest, terminal) = guest(transport);
+            let frontend = terminal.frontend();
+            assert_eq!(frontend.receive(b"early"), 0, "no buffers yet");
+            let before = terminal.resumed.load(Ordering::SeqCst);
+            let first = guest.submit(RECEIVE, &[(0x10_0000, 4, true)]).unwrap();
+            let second = guest.submit(RECEIVE, &[(0x10_1000, 2, true)]).unwrap();
+            assert!(terminal.resumed.load(Ordering::SeqCst) > before, "there is room now");
+            assert_eq!(frontend.receive(b"abcdefgh"), 6);
+            assert_eq!((guest.wait_used(RECEIVE), guest.wait_used(RECEIVE)), ((first, 4), (second, 2)));
+            assert!(guest.take_interrupt(RECEIVE));
+            let mut got = [0; 4];
+            guest.mem.read(0x10_0000, &mut got).unwrap();
+            assert_eq!(&got, b"abcd");
+            let before = terminal.resumed.load(Ordering::SeqCst);
+            guest.submit(RECEIVE, &[(0x10_0000, 8, true)]).unwrap();
+            assert!(terminal.resumed.load(Ordering::SeqCst) > before);
+            assert_eq!(frontend.receive(b"gh"), 2);
+            assert_eq!(guest.wait_used(RECEIVE).1, 2);
+        }
+    }
+
+    #[test]
+    fn buffers_without_input_cause_no_exits() {
+        for features in [0, u64::MAX & !(1 << 34), u64::MAX] {
+            let terminal = Arc::new(Terminal::default());
+            let mut guest = Guest::new(console(&terminal), Transport::Pci, false);
+            guest.bring_up(features, 2);
+            let mut wanted = 0;
+            for _ in 0..20 {
+                let mark = guest.rings[0].mark();
+                guest.rings[0].add(&[(0x10_0000, 8, true)]).unwrap();
+                wanted += u32::from(guest.rings[0].wants_notification(mark));
+            }
+            assert!(wanted <= 1, "{wanted} notifications");
+        }
+    }
+
+    #[test]
+    fn window_size() {
+        for transport in TRANSPORTS {
+            let (guest, terminal) = guest(transport);
+            assert_eq!(guest.read_config::<4>(0), [0; 4]);
+            let before = guest.generation();
+            terminal.frontend().event(CharEvent::Resize { columns: 132, rows: 43 });
+            assert!(guest.take_config_interrupt());
+            assert_ne!(guest.generation(), before);
+            assert_eq!(guest.read_config::<4>(0), [132, 0, 43, 0]);
+            terminal.frontend().event(CharEvent::Resize { columns: 132, rows: 43 });
+            assert!(!guest.take_config_interrupt(), "nothing new");
+            // While paused no interrupt comes; it is made up for.
+            guest.device().pause().unwrap();
+            terminal.frontend().event(CharEvent::Resize { columns: 80, rows: 25 });
+            assert!(!guest.take_config_interrupt());
+            guest.device().start().unwrap();
+            assert!(guest.take_config_interrupt());
+        }
+    }
+
+    #[test]
+    fn emergency_output_needs_no_driver() {
+        let terminal = Arc::new(Terminal::default());
+        let guest = Guest::new(console(&terminal), Transport::Mmio, false);
+        guest.write_config(EMERGENCY_WRITE, &u32::from(b'!').to_le_bytes());
+        guest.write_config(EMERGENCY_WRITE, b"?");
+        guest.write_config(0, b"x");
+        assert_eq!(*lock(&terminal.output), b"!?");
+    }
+
+    #[test]
+    fn a_new_terminal_has_its_own_size() {
+        let (guest, terminal) = guest(Transport::Pci);
+        terminal.frontend().event(CharEvent::Resize { columns: 80, rows: 25 });
+        guest.take_config_interrupt();
+        guest.device().pause().unwrap();
+        let id_guest = guest.migrate(console(&Arc::new(Terminal::default())));
+        assert_eq!(id_guest.read_config::<4>(0), [80, 0, 25, 0]);
+        assert!(!id_guest.take_config_interrupt());
+    }
+
+    #[test]
+    fn paused_consoles_take_no_input_and_devices_that_went_swallow_it() {
+        let (mut guest, terminal) = guest(Transport::Pci);
+        guest.submit(RECEIVE, &[(0x10_0000, 4, true)]).unwrap();
+        guest.device().pause().unwrap();
+        let frontend = terminal.frontend();
+        assert_eq!(frontend.receive(b"abc"), 0);
+        let before = terminal.resumed.load(Ordering::SeqCst);
+        guest.device().start().unwrap();
+        assert!(terminal.resumed.load(Ordering::SeqCst) > before);
+        assert_eq!(frontend.receive(b"abc"), 3);
+        drop(guest);
+        assert_eq!(frontend.receive(b"abc"), 3);
+    }
+
+    #[test]
+    fn hostile_rings_are_reported() {
+        for queue in [RECEIVE, TRANSMIT] {
+            let (mut guest, terminal) = guest(Transport::Pci);
+            guest.submit(queue, &[(1 << 40, 4, queue == RECEIVE)]).unwrap();
+            terminal.frontend().receive(b"abc");
+            assert_ne!(guest.status() & 64, 0);
+            assert_eq!(terminal.frontend().receive(b"abc"), 0);
+        }
+    }
+}

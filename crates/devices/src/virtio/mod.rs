@@ -7,6 +7,8 @@
 pub mod blk;
 pub mod console;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 
 pub use bus::virtio::VirtioDevice;
 

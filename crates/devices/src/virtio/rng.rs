@@ -244,3 +244,56 @@ impl VirtioDevice for Rng {
         state.unpack(MODEL.name, 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bus::virtio::testing::{Guest, TRANSPORTS, Transport};
+
+    fn guest(spec: &Spec, transport: Transport) -> (Guest, Timers) {
+        let timers = Timers::new();
+        let mut guest = Guest::new(Box::new(Rng::new(spec, &timers).unwrap()), transport, true);
+        guest.bring_up(u64::MAX, 1);
+        (guest, timers)
+    }
+
+    #[test]
+    fn buffers_are_filled() {
+        for transport in TRANSPORTS {
+            let (mut guest, _timers) = guest(&Spec::default(), transport);
+            assert_eq!(guest.request(0, &[(0x10_0000, 100, true), (0x10_0100, 300, true)]), 400);
+            assert!(guest.take_interrupt(0));
+            let mut got = [0; 100];
+            guest.mem.read(0x10_0000, &mut got).unwrap();
+            assert!(got.iter().filter(|b| **b == 0).count() < 20, "{got:?}");
+            // One answer has its bounds, and a request without room gets nothing.
+            assert_eq!(guest.request(0, &[(0x10_0000, 0x10000, true)]), MOST as u32);
+            assert_eq!(guest.request(0, &[(0x10_0000, 100, false)]), 0);
+        }
+    }
+
+    #[test]
+    fn the_limit_holds_and_the_next_period_brings_more() {
+        let spec = Spec { max_bytes: Some(64), period: 30, ..Spec::default() };
+        let (mut guest, _timers) = guest(&spec, Transport::Pci);
+        let start = Instant::now();
+        let mut total = 0;
+        while total < 256 {
+            total += guest.request(0, &[(0x10_0000, 48, true)]);
+        }
+        assert!(start.elapsed() >= Duration::from_millis(60), "three periods' worth came too soon");
+        for bad in [Spec { max_bytes: Some(0), ..Spec::default() }, Spec { period: 0, ..Spec::default() }] {
+            assert!(Rng::new(&bad, &Timers::new()).is_err());
+        }
+    }
+
+    #[test]
+    fn nothing_moves_while_paused() {
+        let (mut guest, timers) = guest(&Spec::default(), Transport::Pci);
+        guest.device().pause().unwrap();
+        let id = guest.submit(0, &[(0x10_0000, 8, true)]).unwrap();
+        assert!(guest.rings[0].poll().is_none());
+        let mut guest = guest.migrate(Box::new(Rng::new(&Spec::default(), &timers).unwrap()));
+        assert_eq!(guest.wait_used(0), (id, 8));
+    }
+}

@@ -29,7 +29,7 @@ pub(crate) type Outcome = Result<(), Failure>;
 
 macro_rules! commands {
     ($($(#[$doc:meta])* $name:ident => $module:ident),* $(,)?) => {
-        $(mod $module;)*
+        $(pub(crate) mod $module;)*
 
         #[derive(Subcommand)]
         enum Command {
@@ -75,6 +75,8 @@ commands! {
     Rebase => rebase,
     /// Change the size of an image
     Resize => resize,
+    /// Export an image over NBD
+    Serve => serve,
     /// List, take, apply or delete internal snapshots
     Snapshot => snapshot,
 }

@@ -97,6 +97,8 @@ impl Builder {
             system: &self.system,
             drives: &mut self.drives,
             chardevs: &mut self.chardevs,
+            irqs: &self.irqs,
+            pins: &mut self.pins,
         };
         match model.kind {
             Kind::Isa(create) => {

@@ -2,10 +2,12 @@
 
 use crate::Chardevs;
 use crate::drives::Drives;
+use accel::Irqs;
 use base::{Timers, nearest};
-use bus::{Chardev, System};
+use bus::{Chardev, IrqLine, IrqPin, System};
 use devices::{CreateError, Parts};
 use memory::GuestMemory;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(super) struct Context<'a> {
@@ -14,6 +16,8 @@ pub(super) struct Context<'a> {
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
     pub(super) chardevs: &'a mut Chardevs,
+    pub(super) irqs: &'a Arc<dyn Irqs>,
+    pub(super) pins: &'a mut BTreeMap<u32, Arc<IrqPin>>,
 }
 
 impl Parts for Context<'_> {
@@ -27,6 +31,15 @@ impl Parts for Context<'_> {
 
     fn system(&self) -> &System {
         self.system
+    }
+
+    fn isa_irq(&mut self, irq: u8) -> Result<IrqLine, CreateError> {
+        // 2 is where the second interrupt controller is.
+        if irq >= 16 || irq == 2 {
+            return Err(CreateError::Other(format!("{irq} is not an ISA interrupt: use one of 0 to 15, but not 2")));
+        }
+        let gsi = irq.into();
+        Ok(self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).line())
     }
 
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError> {

@@ -9,7 +9,7 @@ mod pvh;
 mod tests;
 mod zero_page;
 
-use memory::GuestMemory;
+use memory::{FileView, GuestMemory};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use std::fs::File;
@@ -157,35 +157,24 @@ impl<'a> Source<'a> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(self.image(format!("the file is truncated: {} bytes, needs {}", self.len, offset.saturating_add(len))));
         }
-        let mut done = 0;
-        while done < len {
-            let slice = memory.chunk(gpa + done, len - done).map_err(|_| {
-                KernelError::TooLarge(format!(
-                    "{} '{}' does not fit into {} of guest memory (needs {:#x}..{:#x}); give the guest more with --memory",
-                    self.what,
-                    self.path.display(),
-                    memory::format_size(memory.total()),
-                    gpa,
-                    gpa.saturating_add(len)
-                ))
-            })?;
-            done += read_into(&self.file, offset + done, &slice).map_err(|e| self.error(e))?;
+        if len == 0 {
+            return Ok(());
         }
+        let slice = memory.slice(gpa, len).map_err(|_| {
+            KernelError::TooLarge(format!(
+                "{} '{}' does not fit into {} of guest memory (needs {:#x}..{:#x}); give the guest more with --memory",
+                self.what,
+                self.path.display(),
+                memory::format_size(memory.total()),
+                gpa,
+                gpa.saturating_add(len)
+            ))
+        })?;
+        // RAM is fresh (or was cleared), so zeros need not be copied.
+        let view = FileView::new(&self.file, self.len).map_err(|e| self.error(e))?;
+        slice.copy_sparse(&view[offset as usize..(offset + len) as usize]);
         Ok(())
     }
-}
-
-/// pread(2) straight into guest memory: a kernel and initramfs are tens of megabytes, copied once.
-#[allow(unsafe_code)]
-fn read_into(file: &File, offset: u64, slice: &memory::GuestSlice<'_>) -> io::Result<u64> {
-    // SAFETY: the slice is host memory valid for its length while the guest memory it borrows lives; no vCPU runs yet.
-    let buf = unsafe { std::slice::from_raw_parts_mut(slice.as_ptr(), slice.len() as usize) };
-    let n = file.read_at(buf, offset)?;
-    slice.wrote();
-    if n == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok(n as u64)
 }
 
 /// Loads everything and returns how to enter.

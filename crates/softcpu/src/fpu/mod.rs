@@ -243,6 +243,12 @@ impl Fpu {
         fpu
     }
 
+    /// What INIT does: all registers keep their contents, XCR0 too; they are brought to memory.
+    pub fn init(&mut self) {
+        self.flush();
+        self.control_changed();
+    }
+
     /// Must be called after every change of CR0, CR4, XCR0 or of the mode: instructions are checked anew.
     #[inline(always)]
     pub fn control_changed(&mut self) {

@@ -24,104 +24,41 @@ trait Word: Int {
 }
 
 macro_rules! word {
-    ($t:ty, $r:literal) => {
+    ($t:ty, $r:literal; $($two:ident)*; $($one:ident)*; $($plain:ident)*) => {
         impl Word for $t {
-            word!(@two $r, andn "andn {0}, {1}, {2}", bextr "bextr {0}, {1}, {2}", bzhi "bzhi {0}, {1}, {2}");
-            word!(@one $r, blsi "blsi {0}, {1}", blsmsk "blsmsk {0}, {1}", blsr "blsr {0}, {1}");
-            word!(@plain $r, pdep "pdep {0}, {1}, {2}", pext "pext {0}, {1}, {2}");
-        }
-    };
-    (@two "", $($f:ident $ins:literal),*) => { $(word!(@two_one $f, $ins);)* };
-    (@two ":e", $($f:ident $ins:literal),*) => { $(word!(@two_one32 $f, $ins);)* };
-    (@one "", $($f:ident $ins:literal),*) => { $(word!(@one_one $f, $ins);)* };
-    (@one ":e", $($f:ident $ins:literal),*) => { $(word!(@one_one32 $f, $ins);)* };
-    (@plain "", $($f:ident $ins:literal),*) => { $(word!(@plain_one $f, $ins);)* };
-    (@plain ":e", $($f:ident $ins:literal),*) => { $(word!(@plain_one32 $f, $ins);)* };
-    (@two_one $f:ident, $ins:literal) => {
-        fn $f(a: Self, b: Self, cc: u16) -> (Self, u16) {
-            let (v, out): (u64, u16);
-            // SAFETY: register arithmetic; the host has it, since CPUID promises it only then.
-            unsafe {
-                asm!("add al, 0x7f", "sahf", $ins, "lahf", "seto al", out(reg) v, in(reg) a, in(reg) b,
-                    inout("ax") cc => out, options(pure, nomem, nostack));
-            }
-            (v as Self, out)
-        }
-    };
-    (@two_one32 $f:ident, $ins:literal) => {
-        fn $f(a: Self, b: Self, cc: u16) -> (Self, u16) {
-            // The 64-bit form differs in the sign flag only by where the operand ends; use the 32-bit one.
-            narrow::$f(a, b, cc)
-        }
-    };
-    (@one_one $f:ident, $ins:literal) => {
-        fn $f(a: Self, cc: u16) -> (Self, u16) {
-            let (v, out): (u64, u16);
-            // SAFETY: as above.
-            unsafe {
-                asm!("add al, 0x7f", "sahf", $ins, "lahf", "seto al", out(reg) v, in(reg) a, inout("ax") cc => out,
-                    options(pure, nomem, nostack));
-            }
-            (v as Self, out)
-        }
-    };
-    (@one_one32 $f:ident, $ins:literal) => {
-        fn $f(a: Self, cc: u16) -> (Self, u16) {
-            narrow::$f(a, cc)
-        }
-    };
-    (@plain_one $f:ident, $ins:literal) => {
-        fn $f(a: Self, mask: Self) -> Self {
-            let v: u64;
-            // SAFETY: as above.
-            unsafe { asm!($ins, out(reg) v, in(reg) a, in(reg) mask, options(pure, nomem, nostack, preserves_flags)) };
-            v
-        }
-    };
-    (@plain_one32 $f:ident, $ins:literal) => {
-        fn $f(a: Self, mask: Self) -> Self {
-            u64::$f(a as u64, mask as u64) as u32
-        }
-    };
-}
-
-/// The 32-bit forms.
-mod narrow {
-    use std::arch::asm;
-
-    macro_rules! two {
-        ($($f:ident),*) => {$(
-            pub(super) fn $f(a: u32, b: u32, cc: u16) -> (u32, u16) {
-                let (v, out): (u32, u16);
+            $(fn $two(a: Self, b: Self, cc: u16) -> (Self, u16) {
+                let (v, out): ($t, u16);
                 // SAFETY: register arithmetic; the host has it, since CPUID promises it only then.
                 unsafe {
-                    asm!("add al, 0x7f", "sahf", concat!(stringify!($f), " {0:e}, {1:e}, {2:e}"), "lahf", "seto al",
+                    asm!("add al, 0x7f", "sahf",
+                        concat!(stringify!($two), " {0", $r, "}, {1", $r, "}, {2", $r, "}"), "lahf", "seto al",
                         out(reg) v, in(reg) a, in(reg) b, inout("ax") cc => out, options(pure, nomem, nostack));
                 }
                 (v, out)
-            }
-        )*};
-    }
-    two!(andn, bextr, bzhi);
-
-    macro_rules! one {
-        ($($f:ident),*) => {$(
-            pub(super) fn $f(a: u32, cc: u16) -> (u32, u16) {
-                let (v, out): (u32, u16);
+            })*
+            $(fn $one(a: Self, cc: u16) -> (Self, u16) {
+                let (v, out): ($t, u16);
                 // SAFETY: as above.
                 unsafe {
-                    asm!("add al, 0x7f", "sahf", concat!(stringify!($f), " {0:e}, {1:e}"), "lahf", "seto al",
+                    asm!("add al, 0x7f", "sahf", concat!(stringify!($one), " {0", $r, "}, {1", $r, "}"), "lahf", "seto al",
                         out(reg) v, in(reg) a, inout("ax") cc => out, options(pure, nomem, nostack));
                 }
                 (v, out)
-            }
-        )*};
-    }
-    one!(blsi, blsmsk, blsr);
+            })*
+            $(fn $plain(a: Self, mask: Self) -> Self {
+                let v: $t;
+                // SAFETY: as above.
+                unsafe {
+                    asm!(concat!(stringify!($plain), " {0", $r, "}, {1", $r, "}, {2", $r, "}"),
+                        out(reg) v, in(reg) a, in(reg) mask, options(pure, nomem, nostack, preserves_flags));
+                }
+                v
+            })*
+        }
+    };
 }
-
-word!(u64, "");
-word!(u32, ":e");
+word!(u64, ""; andn bextr bzhi; blsi blsmsk blsr; pdep pext);
+word!(u32, ":e"; andn bextr bzhi; blsi blsmsk blsr; pdep pext);
 
 /// Second source register (or memory) by position: `op.imm` holds the register that VEX.vvvv names, as an offset.
 #[inline(always)]

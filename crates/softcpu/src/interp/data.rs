@@ -348,12 +348,7 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
         | Mnemonic::Prefetcht1
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchw
-        | Mnemonic::Prefetchwt1
-        | Mnemonic::Prefetchreserved_0F0D_r3_8b
-        | Mnemonic::Prefetchreserved_0F0D_r4_8b
-        | Mnemonic::Prefetchreserved_0F0D_r5_8b
-        | Mnemonic::Prefetchreserved_0F0D_r6_8b
-        | Mnemonic::Prefetchreserved_0F0D_r7_8b => hint(i, op),
+        | Mnemonic::Prefetchwt1 => hint(i, op),
         // Guest memory is ordered as the host's; nothing is reordered around an operation.
         Mnemonic::Lfence | Mnemonic::Sfence => hint(i, op),
         Mnemonic::Mfence => simple(op, h!(mfence)),

@@ -4,7 +4,6 @@ use super::string::{advance, index, rep, repeat, repetition};
 use super::h;
 use crate::decode::{Ctx, Flow};
 use crate::fault::Res;
-use crate::mmu::Mem;
 use crate::op::{Next, Op, OpPtr};
 use crate::state::{Cpu, Int, fl, reg, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind};
@@ -94,7 +93,7 @@ fn outs_one<T: Int>(cpu: &mut Cpu, op: &Op) -> Res<(u64, bool)> {
 }
 
 fn string<T: Int, const OUT: bool>(cpu: &mut Cpu, op: OpPtr) -> Next {
-    let mut step = |cpu: &mut Cpu, op: &Op, _| if OUT { outs_one::<T>(cpu, op) } else { ins_one::<T>(cpu, op) };
+    let step = |cpu: &mut Cpu, op: &Op, _| if OUT { outs_one::<T>(cpu, op) } else { ins_one::<T>(cpu, op) };
     if op.imm == rep::NONE {
         let r = step(cpu, &op, 1).map(|_| ());
         return op.finish(cpu, r);

@@ -169,12 +169,13 @@ pub struct Tlb {
     current: usize,
     clock: u64,
     generations: u32,
+    global_epoch: u64,
 }
 
 impl Tlb {
     /// Empty.
     pub fn new() -> Self {
-        let mut t = Self { contexts: vec![Context::new(0)], current: 0, clock: 0, generations: 0 };
+        let mut t = Self { contexts: vec![Context::new(0)], current: 0, clock: 0, generations: 0, global_epoch: 0 };
         t.contexts[0].generation = t.fresh();
         t
     }
@@ -182,6 +183,11 @@ impl Tlb {
     fn fresh(&mut self) -> u32 {
         self.generations = self.generations.wrapping_add(1);
         self.generations
+    }
+
+    /// Changes whenever global translations may have been dropped, single pages aside.
+    pub fn global_epoch(&self) -> u64 {
+        self.global_epoch
     }
 
     /// Number of the current address space's generation.
@@ -233,6 +239,7 @@ impl Tlb {
 
     /// Drops every translation of every address space.
     pub fn flush_all(&mut self) {
+        self.global_epoch += 1;
         for i in 0..self.contexts.len() {
             self.contexts[i].clear();
             self.contexts[i].generation = self.fresh();
@@ -283,15 +290,17 @@ impl Tlb {
         let mut more = false;
         for i in 0..self.contexts.len() {
             let current = i == self.current;
-            let c = &mut self.contexts[i];
-            if c.has_large(lin) {
+            if self.contexts[i].has_large(lin) {
                 // The page's siblings in the large page have entries of their own; rare enough to drop everything.
-                c.clear();
-                c.generation = self.fresh();
+                let g = self.fresh();
+                self.contexts[i].clear();
+                self.contexts[i].generation = g;
+                self.global_epoch += 1;
                 more |= current;
                 continue;
             }
             let page = lin & PAGE_MASK;
+            let c = &mut self.contexts[i];
             for t in &mut c.data {
                 let e = &mut t.entries[slot(lin)];
                 let held = e.read & PAGE_MASK == page || e.write & PAGE_MASK == page;

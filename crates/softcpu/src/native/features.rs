@@ -101,7 +101,8 @@ impl Host {
         }
     }
 
-    fn bit(&self, leaf: Leaf, bit: u32) -> bool {
+    /// Bit `bit` of a CPUID word of the host.
+    pub fn bit(&self, leaf: Leaf, bit: u32) -> bool {
         self.word(leaf) >> bit & 1 != 0
     }
 

@@ -137,6 +137,8 @@ pub struct Translator {
     linear: HashSet<u64>,
     /// Part of every key: changes when entries of unknown places must go.
     salt: u32,
+    /// All flags count as live where instructions may fault.
+    pub exact: bool,
     /// Changes whenever running code may have become stale.
     pub version: u64,
     /// Global translations of the MMU as of which `crossing` is good.
@@ -178,6 +180,7 @@ impl Translator {
             crossing: Vec::new(),
             linear: HashSet::new(),
             salt: 0,
+            exact: false,
             version: 0,
             global_epoch: 0,
             counters: Counters::default(),
@@ -272,7 +275,7 @@ impl Translator {
         if self.full() {
             return None;
         }
-        let scan = scan::scan(page, ip);
+        let scan = scan::scan(page, ip, self.exact);
         if scan.insts.is_empty() || scan.insts.iter().all(|i| i.kind == scan::Kind::Interpret) {
             return None;
         }

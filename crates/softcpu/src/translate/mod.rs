@@ -23,7 +23,7 @@ mod special;
 mod stack;
 mod stubs;
 
-pub use cache::Translator;
+pub use cache::{LEAST, MOST, Translator};
 
 /// Executions of a block by the interpreter before it is translated.
 pub const HOT: u32 = 24;
@@ -42,6 +42,8 @@ pub struct State {
     pub target: u64,
     /// Key of valid entries in the jump table and in cross-page links.
     pub key: u64,
+    /// Executions of a block before it is translated; [`FROZEN`]: none is.
+    pub hot: u32,
     /// The jump table.
     pub jumps: *const cache::Jump,
     /// The host's vector registers hold the guest's: 0 no, 1 yes and SSE may be used, 2 AVX too.
@@ -69,6 +71,7 @@ impl Default for State {
             saved_rsp: 0,
             target: 0,
             key: 0,
+            hot: FROZEN,
             jumps: std::ptr::null(),
             vectors: 0,
             argument: 0,

@@ -3,7 +3,8 @@
 
 use super::cache::{Translator, site};
 use super::stubs::exit;
-use super::{FROZEN, HOT};
+use super::FROZEN;
+use crate::SoftSpec;
 use crate::block::Block;
 use crate::mmu::PAGE_MASK;
 use crate::native::recipe::Class;
@@ -40,7 +41,7 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn run_translated(&mut self, block: &Block) -> Option<Next> {
         let heat = block.heat.get();
-        if heat < HOT {
+        if heat < self.jit.hot {
             block.heat.set(heat + 1);
             return None;
         }
@@ -48,6 +49,21 @@ impl Cpu {
             return None;
         }
         self.run_hot(block)
+    }
+
+    /// Makes the translator that the properties ask for.
+    pub(crate) fn set_up_translator(&mut self, spec: &SoftSpec) -> accel::Result<()> {
+        if !spec.translate {
+            return Ok(());
+        }
+        let mut t = Translator::new(spec.cache as usize).map_err(|source| accel::Error::Host {
+            what: "cannot get executable memory for translated code (accelerator option translate=off does without)".into(),
+            source,
+        })?;
+        t.exact = spec.exact;
+        self.jit.hot = spec.threshold.min(FROZEN - 1);
+        self.code.translator = Some(Box::new(t));
+        Ok(())
     }
 
     #[inline(never)]
@@ -71,7 +87,7 @@ impl Cpu {
                     t.entry(b)
                 }
                 None => {
-                    block.heat.set(FROZEN);
+                    block.heat.set(if self.code.wants_flush() { 0 } else { FROZEN });
                     return None;
                 }
             },
@@ -90,13 +106,23 @@ impl Cpu {
         t.key(jump_key)
     }
 
+    /// What a translated block is for, beside its address. Privilege is part of it since links between global pages rely
+    /// on all that reach them being allowed to.
+    fn block_mode(&self) -> Mode {
+        self.mode.intersection(Mode::CODE64.union(Mode::USER))
+    }
+
     /// The translated block at `ip`, found or made.
     fn translated_block(&mut self, ip: u64, host: usize) -> Option<u32> {
-        let mode = Mode::CODE64;
+        let mode = self.block_mode();
         let global = self.mmu.tlb.exec(self.cpl == 3, ip).is_some_and(|e| e.global);
         let t = self.code.translator.as_deref_mut()?;
         if let Some(b) = t.find(ip, host, mode) {
             return Some(b);
+        }
+        if t.full() {
+            self.code.request_flush();
+            return None;
         }
         let mut page = [0; 4096];
         // SAFETY: the interpreter has a block in this page of guest memory, so it is there, and marked as code.
@@ -161,12 +187,13 @@ impl Cpu {
         let key = self.jit.key;
         // Only what is in the TLB is linked; the interpreter walks, and faults.
         let e = self.mmu.tlb.exec(self.cpl == 3, ip)?;
+        let mode = self.block_mode();
         let t = self.code.translator.as_deref_mut()?;
         if link.is_none() {
             t.counters.exit_lookup += 1;
         }
         let host = e.host + (ip & !PAGE_MASK) as usize;
-        let b = t.find(ip, host, Mode::CODE64)?;
+        let b = t.find(ip, host, mode)?;
         match link {
             Some(n) => t.connect(n, b, key, e.global),
             None => t.set_jump(key, b),

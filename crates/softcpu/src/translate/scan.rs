@@ -84,12 +84,14 @@ pub struct Inst {
     pub modifies: u8,
     /// Flags live after it.
     pub live_out: u8,
+    /// Flags live if it faults.
+    pub live_fault: u8,
 }
 
 impl Inst {
     /// Flags live before it.
     pub fn live_in(&self) -> u8 {
-        self.reads | self.live_out & !self.kills
+        self.reads | self.live_out & !self.kills | self.live_fault
     }
 }
 
@@ -274,7 +276,7 @@ fn analyse(mut i: Instruction) -> Inst {
         _ => modifies,
     };
     normalise(&mut i);
-    Inst { i, kind, reads, kills, modifies, live_out: ALL }
+    Inst { i, kind, reads, kills, modifies, live_out: ALL, live_fault: 0 }
 }
 
 /// Flags that may be read at `ip` before they are written, as far as the code there tells. `page` holds the code of
@@ -314,8 +316,8 @@ fn light(i: &Instruction) -> (u8, u8) {
     }
 }
 
-/// Decodes the block at `ip`. `page` holds the code of the page that `ip` is in.
-pub fn scan(page: &[u8], ip: u64) -> Scan {
+/// Decodes the block at `ip`. `exact`: all flags are live wherever an instruction may fault. `page` holds the code of the page that `ip` is in.
+pub fn scan(page: &[u8], ip: u64, exact: bool) -> Scan {
     let page_ip = ip & !0xfff;
     let mut out = Scan { end: ip, ..Scan::default() };
     let mut side_exits = 0;
@@ -328,7 +330,8 @@ pub fn scan(page: &[u8], ip: u64) -> Scan {
             out.stopped = true;
             break;
         }
-        let inst = analyse(instruction);
+        let mut inst = analyse(instruction);
+        inst.live_fault = if exact { ALL } else { 0 };
         if inst.kind == Kind::Stop {
             out.stopped = true;
             break;
@@ -383,7 +386,7 @@ mod tests {
     #[test]
     fn flags_that_a_later_instruction_overwrites_are_dead() {
         // add eax, ebx; mov ecx, [rdx]; cmp eax, ecx; jb +0; xor eax, eax; ret
-        let s = scan(&page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]), 0x1000);
+        let s = scan(&page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]), 0x1000, false);
         assert_eq!(s.insts.len(), 6);
         assert_eq!(s.insts[0].live_out, 0);
         assert_eq!(s.insts[1].live_in(), 0);
@@ -394,18 +397,18 @@ mod tests {
     #[test]
     fn increments_keep_carry() {
         // stc; inc eax; adc ebx, 0; jmp .-0 (to itself: flags all live)
-        let s = scan(&page(&[0xf9, 0xff, 0xc0, 0x83, 0xd3, 0x00, 0xeb, 0xfe]), 0x1000);
+        let s = scan(&page(&[0xf9, 0xff, 0xc0, 0x83, 0xd3, 0x00, 0xeb, 0xfe]), 0x1000, false);
         assert_eq!(s.insts[0].live_out & iced_x86::RflagsBits::CF as u8, iced_x86::RflagsBits::CF as u8);
         assert_eq!(s.insts[1].live_out, iced_x86::RflagsBits::CF as u8);
     }
 
     #[test]
     fn blocks_end_before_what_only_the_interpreter_can_do() {
-        let s = scan(&page(&[0x90, 0x0f, 0x05]), 0x1000); // nop; syscall
+        let s = scan(&page(&[0x90, 0x0f, 0x05]), 0x1000, false); // nop; syscall
         assert!(s.stopped && s.insts.len() == 1);
         let mut p = vec![0x90; 4096];
         p[4095] = 0xe9; // a jump that reaches into the next page
-        let s = scan(&p, 0x1ff0);
+        let s = scan(&p, 0x1ff0, false);
         assert!(s.stopped && s.end == 0x1fff);
     }
 }

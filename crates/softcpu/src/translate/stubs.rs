@@ -50,7 +50,7 @@ pub fn build(base: u64) -> (Vec<u8>, Fixed) {
     // pop r15, r14, r13, r12, rbp, rbx; ret
     a.bytes(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
 
-    let mut reason = |a: &mut Asm, why: u32| {
+    let reason = |a: &mut Asm, why: u32| {
         let at = here(a);
         a.mov_imm(host::RAX, u64::from(why));
         a.jmp(leave);

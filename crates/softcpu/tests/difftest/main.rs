@@ -2,7 +2,8 @@
 //!
 //! Random instructions with random registers and memory are executed by the processor itself, in a child process, and by
 //! the software CPU; registers, defined flags, memory and exceptions must agree. Every instruction that the software
-//! CPU's CPUID promises is among them. A failing case is shrunk and printed.
+//! CPU's CPUID promises is among them. A failing case is shrunk and printed. The software CPU takes part twice, as
+//! interpreter and as translator (`KVASIR_DIFF_EXECUTORS` names those wanted).
 //!
 //! `KVASIR_DIFF_CASES` sets the number of cases over all families (default: one million), `KVASIR_DIFF_SEED` the seed,
 //! `KVASIR_DIFF_ONLY` restricts the run to instructions whose name (as iced-x86 spells its `Code`) contains the text.
@@ -19,6 +20,7 @@ mod soft;
 use case::{Case, Executor, Patterns};
 use iced_x86::Code;
 use select::Family;
+use softcpu::SoftSpec;
 use std::collections::BTreeMap;
 
 /// Cases run between looks at the results.
@@ -56,7 +58,17 @@ fn run(family: Family, share: u64) {
     println!("{family:?}: {} instructions, {count} cases, seed {seed:#x}", codes.len());
     let patterns = Patterns::new(&mut rng::Rng::new(seed));
     let mut native = native::Native::new(&patterns);
-    let mut others: Vec<Box<dyn Executor + '_>> = vec![Box::new(soft::Soft::new("interpreter", &patterns))];
+    let mut others: Vec<Box<dyn Executor + '_>> = Vec::new();
+    let which = std::env::var("KVASIR_DIFF_EXECUTORS").unwrap_or_else(|_| "interpreter,translator".into());
+    for name in which.split(',') {
+        let (name, translate) = match name {
+            "interpreter" => ("interpreter", false),
+            "translator" => ("translator", true),
+            other => panic!("KVASIR_DIFF_EXECUTORS: '{other}' is neither interpreter nor translator"),
+        };
+        let spec = SoftSpec { translate, cache: 64 << 20, threshold: 0, exact: true };
+        others.push(Box::new(soft::Soft::new(name, &patterns, spec)));
+    }
     let mut generator = generate::Generator::new(seed ^ (family as u64) << 56, &codes, &patterns);
     let mut failures: BTreeMap<String, u64> = BTreeMap::new();
     let mut left = count;

@@ -165,8 +165,8 @@ fn template() -> CpuState {
 
 impl<'a> Soft<'a> {
     /// A fresh VM.
-    pub fn new(name: &'static str, patterns: &'a Patterns) -> Self {
-        let soft = softcpu::SoftAccel::new();
+    pub fn new(name: &'static str, patterns: &'a Patterns, spec: softcpu::SoftSpec) -> Self {
+        let soft = softcpu::SoftAccel::new(spec).unwrap();
         let vm = soft.create_vm().unwrap();
         let region = Region::new(0, RAM, &Backing::Anonymous, false).unwrap();
         let memory = GuestMemory::from_regions(vec![region.clone()]);

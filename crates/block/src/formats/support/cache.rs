@@ -20,6 +20,8 @@ pub(crate) struct MetaCache {
     storage: Arc<dyn Storage>,
     state: Mutex<State>,
     limit: usize,
+    /// A change makes its whole page dirty.
+    whole_pages: bool,
 }
 
 #[derive(Default)]
@@ -44,7 +46,12 @@ pub(crate) type Batch = Vec<(u64, Vec<u8>)>;
 impl MetaCache {
     /// A cache of about `limit` bytes.
     pub(crate) fn new(storage: Arc<dyn Storage>, limit: usize) -> Self {
-        MetaCache { storage, state: Mutex::default(), limit: (limit / PAGE).max(8) }
+        MetaCache { storage, state: Mutex::default(), limit: (limit / PAGE).max(8), whole_pages: false }
+    }
+
+    /// The same, for formats whose log holds pages: batches then hold whole pages of 4096 bytes.
+    pub(crate) fn of_pages(storage: Arc<dyn Storage>, limit: usize) -> Self {
+        MetaCache { whole_pages: true, ..MetaCache::new(storage, limit) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,6 +108,9 @@ impl MetaCache {
                 let was = page.dirty;
                 for sector in within / SECTOR..=(within + n - 1) / SECTOR {
                     page.dirty |= 1 << sector;
+                }
+                if self.whole_pages {
+                    page.dirty = u8::MAX;
                 }
                 was == 0
             })?;

@@ -2,11 +2,15 @@
 //! file as an allocator, and reading numbers out of headers.
 
 mod cache;
+mod places;
 mod tail;
+mod two_level;
 mod units;
 
-pub(super) use cache::{MetaCache, flush_ordered};
+pub(super) use cache::{Batch, MetaCache, flush_ordered};
+pub(super) use places::Places;
 pub(super) use tail::Tail;
+pub(super) use two_level::{Shape, TwoLevel};
 pub(super) use units::{Slot, commit_units, discard_units, map_units, prepare_units, zero_units};
 
 use crate::{Error, Result};

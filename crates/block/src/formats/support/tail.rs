@@ -26,12 +26,26 @@ impl Tail {
     pub(crate) fn take(&self, len: u64) -> Result<u64> {
         self.next
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |at| at.checked_add(len).filter(|&end| end <= self.limit))
-            .map_err(|_| {
-                Error::io(
-                    format!("'{}' cannot grow: its format addresses no more than {} bytes", self.storage.name(), self.limit),
-                    std::io::Error::from_raw_os_error(libc::EFBIG),
-                )
+            .map_err(|_| self.full())
+    }
+
+    /// `len` bytes at the next multiple of `align`.
+    pub(crate) fn take_aligned(&self, len: u64, align: u64) -> Result<u64> {
+        let mut start = 0;
+        self.next
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |at| {
+                start = at.checked_next_multiple_of(align)?;
+                start.checked_add(len).filter(|&end| end <= self.limit)
             })
+            .map(|_| start)
+            .map_err(|_| self.full())
+    }
+
+    fn full(&self) -> Error {
+        Error::io(
+            format!("'{}' cannot grow: its format addresses no more than {} bytes", self.storage.name(), self.limit),
+            std::io::Error::from_raw_os_error(libc::EFBIG),
+        )
     }
 
     /// Where the used part ends.

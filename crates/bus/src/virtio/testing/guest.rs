@@ -40,6 +40,7 @@ pub struct Guest {
     /// Rings of the queues that are set up.
     pub rings: Vec<DriverRing>,
     device: Wrapped,
+    pci: Option<Arc<PciBus>>,
     transport: Transport,
     common: u64,
     isr: u64,
@@ -49,6 +50,10 @@ pub struct Guest {
 
 const MMIO_BASE: u64 = 0xd000_0000;
 const LINE: u32 = 5;
+
+fn windows() -> Windows {
+    Windows { mmio32: 0xc000_0000..0xd000_0000, mmio64: 0..0, io: 0x1000..0x2000 }
+}
 
 fn lock<T: ?Sized>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
@@ -71,17 +76,18 @@ impl Guest {
             doorbells: bells.clone().map(|b| b as Arc<dyn accel::Doorbells>),
         };
         let bus = Arc::new(Bus::new());
+        let mut root = None;
         let wrapped = if transport == Transport::Mmio {
             let line = IrqPin::new(irqs, LINE).line();
             let mmio = shared(VirtioMmio::new(device, &platform, MMIO_BASE, line));
             bus.map(Space::Memory, MMIO_BASE, VirtioMmio::LEN, "virtio", &mmio, RegionId(0)).expect("free");
             Wrapped::Mmio(mmio)
         } else {
-            let pci = PciBus::root(bus.clone(), vec![IrqPin::new(irqs, LINE)]);
+            let pci = PciBus::root(&bus, vec![IrqPin::new(irqs, LINE)]);
             let function = shared(VirtioPci::new(device, &platform));
             pci.add(1, 0, &function).expect("free");
-            let mut windows = Windows { mmio32: 0xc000_0000..0xd000_0000, mmio64: 0..0, io: 0x1000..0x2000 };
-            pci.assign_resources(&mut windows).expect("room");
+            pci.assign_resources(&mut windows()).expect("room");
+            root = Some(pci);
             Wrapped::Pci(function)
         };
         let mut guest = Self {
@@ -91,6 +97,7 @@ impl Guest {
             bus,
             rings: Vec::new(),
             device: wrapped,
+            pci: root,
             transport,
             common: 0,
             isr: 0,
@@ -108,6 +115,15 @@ impl Guest {
             Wrapped::Pci(d) => lock::<dyn Device>(&**d),
             Wrapped::Mmio(d) => lock::<dyn Device>(&**d),
         }
+    }
+
+    /// A reset of the machine, and what its firmware then does.
+    pub fn reset(&mut self) {
+        self.device().reset();
+        if let Some(pci) = &self.pci {
+            pci.assign_resources(&mut windows()).expect("room");
+        }
+        self.find_structures();
     }
 
     /// The PCI function, if it is one.

@@ -303,7 +303,7 @@ proptest! {
                         f.write_config(offset, &data);
                     }
                 }
-                Access::Reset => guest.device().reset(),
+                Access::Reset => guest.reset(),
                 Access::Pause => guest.device().pause().unwrap(),
                 Access::Start => guest.device().start().unwrap(),
                 Access::SaveLoad => {

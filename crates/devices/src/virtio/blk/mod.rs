@@ -5,6 +5,8 @@
 //! descriptor; images that are more than a flat file are called instead (see [`worker`]).
 
 mod request;
+#[cfg(test)]
+mod tests;
 mod uring;
 mod vectored;
 mod worker;

@@ -1,0 +1,60 @@
+# The commands of every day. `make` lists them.
+
+# A C compiler and linker, for cargo.
+BUILD_PACKAGES = gcc libc6-dev
+# Firmware for guests that boot from a disk.
+RUN_PACKAGES = seabios ovmf
+# The lab host's emulator, the other implementation the disk formats are compared with, a reader for our archives.
+TEST_PACKAGES = qemu-system-x86 qemu-utils cpio procps
+
+CARGO ?= cargo
+# A guest's memory and processors for `make run`.
+MEMORY ?= 512M
+CPUS ?= 1
+
+.PHONY: help setup setup-test build guest run fmt check test unit lab bench doc
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+setup: ## install the Debian packages that building and running need (as root; else say which)
+	@lab/setup $(BUILD_PACKAGES) $(RUN_PACKAGES)
+
+setup-test: ## the same for testing
+	@lab/setup $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+build: ## build the kvasir program
+	$(CARGO) build --release --package kvasir
+
+guest: ## prepare the test guest in the cache directory
+	@$(CARGO) xtask guest
+
+run: setup build ## boot a small guest and leave you at its shell; Ctrl-A x ends it
+	@guest=$$($(CARGO) xtask guest) && $(CARGO) run --quiet --release --package kvasir -- run \
+		--kernel "$$guest/vmlinux" --initrd "$$guest/initramfs.cpio" --append "console=ttyS0 quiet" \
+		--memory $(MEMORY) --cpus $(CPUS) --no-reboot
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+check: ## formatting and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --release -- -D warnings
+
+unit: guest ## all tests but the lab's
+	$(CARGO) test --workspace --release -- --include-ignored
+
+lab: ## scenarios on real KVM, in an emulated host where this one has none
+	$(CARGO) xtask lab
+
+test: setup-test ## everything continuous integration runs
+	$(MAKE) check
+	$(MAKE) unit
+	$(MAKE) lab
+
+bench: setup-test ## measure booting, beside QEMU
+	$(CARGO) xtask bench boot
+	$(CARGO) xtask lab bench-boot
+
+doc: ## build the reference of the crates
+	$(CARGO) doc --workspace --no-deps --document-private-items

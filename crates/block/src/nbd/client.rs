@@ -1,0 +1,648 @@
+//! Using another server's export as a storage.
+//!
+//! Any number of threads send requests over one connection. There is no thread of its own to read answers: a thread that
+//! waits reads whatever comes, hands it to whom it belongs, and goes on until its own answer is there.
+
+use super::{proto::*, socket::Socket};
+use crate::{
+    Error, Result,
+    storage::{Held, Storage, StorageOptions, ZeroFlags, Zeroing},
+};
+use std::{
+    collections::HashMap,
+    io::{BufReader, Read, Write},
+    net::TcpStream,
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, RwLock},
+};
+
+/// Where an export is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NbdAddress {
+    /// A unix socket; otherwise TCP.
+    pub socket: Option<PathBuf>,
+    /// Host, for TCP.
+    pub host: String,
+    /// Port, for TCP.
+    pub port: u16,
+    /// Name of the export.
+    pub export: String,
+}
+
+/// The default port.
+const PORT: u16 = 10809;
+
+impl NbdAddress {
+    /// Reads `nbd://host:port/export`, `nbd+unix:///export?socket=path`, `nbd:host:port[:exportname=x]` and
+    /// `nbd:unix:path[:exportname=x]`.
+    pub fn parse(name: &str) -> Result<Self> {
+        let bad = || Error::usage(format!("Invalid NBD name '{name}'; use nbd://host[:port]/export or nbd+unix:///export?socket=path"));
+        if name.starts_with("nbds:") || name.starts_with("nbds+unix:") {
+            return Err(Error::unsupported("NBD over TLS is not built in; use a TLS tunnel to a unix socket"));
+        }
+        if let Some(rest) = name.strip_prefix("nbd+unix://") {
+            let (path, query) = rest.split_once('?').ok_or_else(bad)?;
+            let socket = query.split('&').find_map(|p| p.strip_prefix("socket=")).ok_or_else(bad)?;
+            let export = decode(path.strip_prefix('/').unwrap_or(path)).ok_or_else(bad)?;
+            return Ok(NbdAddress {
+                socket: Some(decode(socket).ok_or_else(bad)?.into()),
+                host: String::new(),
+                port: 0,
+                export,
+            });
+        }
+        if let Some(rest) = name.strip_prefix("nbd://").or_else(|| name.strip_prefix("nbd+tcp://")) {
+            let (server, export) = rest.split_once('/').unwrap_or((rest, ""));
+            let (host, port) = split_port(server).ok_or_else(bad)?;
+            return Ok(NbdAddress { socket: None, host, port, export: decode(export).ok_or_else(bad)? });
+        }
+        let rest = name.strip_prefix("nbd:").ok_or_else(bad)?;
+        let (server, export) = match rest.split_once(":exportname=") {
+            Some((server, export)) => (server, export.to_owned()),
+            None => (rest, String::new()),
+        };
+        if let Some(path) = server.strip_prefix("unix:") {
+            return Ok(NbdAddress { socket: Some(path.into()), host: String::new(), port: 0, export });
+        }
+        let (host, port) = split_port(server).ok_or_else(bad)?;
+        Ok(NbdAddress { socket: None, host, port, export })
+    }
+
+    fn connect(&self) -> std::io::Result<Socket> {
+        Ok(match &self.socket {
+            Some(path) => Socket::Unix(UnixStream::connect(path)?),
+            None => Socket::Tcp(TcpStream::connect((self.host.as_str(), self.port))?),
+        })
+    }
+}
+
+impl std::fmt::Display for NbdAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.socket {
+            Some(path) => write!(f, "nbd+unix:///{}?socket={}", self.export, path.display()),
+            None => write!(f, "nbd://{}:{}/{}", self.host, self.port, self.export),
+        }
+    }
+}
+
+fn split_port(server: &str) -> Option<(String, u16)> {
+    if server.is_empty() {
+        return Some(("localhost".into(), PORT));
+    }
+    if let Some(rest) = server.strip_prefix('[') {
+        let (host, tail) = rest.split_once(']')?;
+        let port = tail.strip_prefix(':').map_or(Some(PORT), |p| p.parse().ok())?;
+        return Some((host.to_owned(), port));
+    }
+    match server.split_once(':') {
+        Some((host, port)) => Some((host.to_owned(), port.parse().ok()?)),
+        None => Some((server.to_owned(), PORT)),
+    }
+}
+
+/// Takes %xx apart.
+fn decode(text: &str) -> Option<String> {
+    let mut out = Vec::new();
+    let mut bytes = text.bytes();
+    while let Some(b) = bytes.next() {
+        if b == b'%' {
+            let digits = [bytes.next()?, bytes.next()?];
+            out.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+        } else {
+            out.push(b);
+        }
+    }
+    String::from_utf8(out).ok()
+}
+
+/// An answer as it comes in.
+#[derive(Debug, Default)]
+struct Reply {
+    error: u32,
+    message: String,
+    /// Parts of the data read: offset in the request, bytes.
+    data: Vec<(u64, Vec<u8>)>,
+    status: Vec<(u32, u32)>,
+    done: bool,
+}
+
+#[derive(Debug)]
+struct Pending {
+    reply: Reply,
+    offset: u64,
+    len: u32,
+    reads: bool,
+}
+
+#[derive(Debug, Default)]
+struct Board {
+    pending: HashMap<u64, Pending>,
+    next: u64,
+    reading: bool,
+    dead: Option<String>,
+}
+
+/// A live connection.
+#[derive(Debug)]
+struct Connection {
+    writer: Mutex<Socket>,
+    reader: Mutex<BufReader<Socket>>,
+    board: Mutex<Board>,
+    changed: Condvar,
+    structured: bool,
+    allocation: bool,
+    size: u64,
+    flags: u16,
+    max: u32,
+}
+
+/// An export of an NBD server.
+#[derive(Debug)]
+pub struct NbdStorage {
+    address: NbdAddress,
+    connection: RwLock<Arc<Connection>>,
+    read_only: bool,
+    no_flush: bool,
+    writethrough: bool,
+}
+
+impl Connection {
+    fn open(address: &NbdAddress) -> Result<Self> {
+        let failed = |e: std::io::Error| Error::io(format!("Failed to connect to '{address}'"), e);
+        let socket = address.connect().map_err(failed)?;
+        socket.set_nodelay();
+        let mut reader = BufReader::with_capacity(1 << 16, socket.try_clone().map_err(failed)?);
+        let mut connection = Connection {
+            writer: Mutex::new(socket),
+            reader: Mutex::new(BufReader::new(reader.get_ref().try_clone().map_err(failed)?)),
+            board: Mutex::default(),
+            changed: Condvar::new(),
+            structured: false,
+            allocation: false,
+            size: 0,
+            flags: 0,
+            max: MAX_PAYLOAD,
+        };
+        connection.negotiate(&mut reader, address)?;
+        connection.reader = Mutex::new(reader);
+        Ok(connection)
+    }
+
+    fn send(&self, bytes: &[u8], payload: &[u8]) -> Result<()> {
+        let mut writer = self.writer.lock().unwrap_or_else(|e| e.into_inner());
+        writer.write_all_vectored(bytes, payload).map_err(|e| Error::io("NBD connection", e))
+    }
+
+    fn option(&self, option: u32, data: &[u8]) -> Result<()> {
+        let mut out = OPTION_MAGIC.to_be_bytes().to_vec();
+        out.extend(option.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        self.send(&out, data)
+    }
+
+    /// An option's next reply: kind and data.
+    fn option_reply(reader: &mut impl Read, option: u32) -> Result<(u32, Vec<u8>)> {
+        if take_u64(reader)? != OPTION_REPLY_MAGIC || take_u32(reader)? != option {
+            return Err(Error::invalid("NBD server answers another option"));
+        }
+        let (kind, len) = (take_u32(reader)?, take_u32(reader)?);
+        Ok((kind, take_vec(reader, len, 1 << 20)?))
+    }
+
+    fn negotiate(&mut self, reader: &mut BufReader<Socket>, address: &NbdAddress) -> Result<()> {
+        if take_u64(reader)? != INIT_MAGIC {
+            return Err(Error::invalid(format!("'{address}' is not an NBD server")));
+        }
+        if take_u64(reader)? != OPTION_MAGIC {
+            return Err(Error::unsupported(format!("'{address}' speaks the oldstyle NBD protocol, which is obsolete")));
+        }
+        let flags = take_u16(reader)?;
+        if flags & FIXED_NEWSTYLE == 0 {
+            return Err(Error::unsupported(format!("'{address}' speaks an obsolete NBD protocol")));
+        }
+        self.send(&u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes(), &[])?;
+        self.option(OPT_STRUCTURED_REPLY, &[])?;
+        self.structured = Self::option_reply(reader, OPT_STRUCTURED_REPLY)?.0 == REP_ACK;
+        let mut name = (address.export.len() as u32).to_be_bytes().to_vec();
+        name.extend(address.export.as_bytes());
+        if address.export.len() as u32 > MAX_STRING {
+            return Err(Error::usage("The export's name is too long"));
+        }
+        if self.structured {
+            let mut query = name.clone();
+            query.extend(1u32.to_be_bytes());
+            query.extend(15u32.to_be_bytes());
+            query.extend(b"base:allocation");
+            self.option(OPT_SET_META_CONTEXT, &query)?;
+            loop {
+                match Self::option_reply(reader, OPT_SET_META_CONTEXT)?.0 {
+                    REP_META_CONTEXT => self.allocation = true,
+                    _ => break,
+                }
+            }
+        }
+        let mut go = name;
+        go.extend(1u16.to_be_bytes());
+        go.extend(INFO_BLOCK_SIZE.to_be_bytes());
+        self.option(OPT_GO, &go)?;
+        loop {
+            let (kind, data) = Self::option_reply(reader, OPT_GO)?;
+            match kind {
+                REP_ACK => break,
+                REP_INFO => self.note_info(&data)?,
+                REP_ERR_UNKNOWN => {
+                    return Err(Error::NotFound(format!("export '{}' not present", address.export)));
+                }
+                _ => {
+                    let text = String::from_utf8_lossy(&data).into_owned();
+                    return Err(Error::unsupported(format!("NBD server refuses export '{}': {text}", address.export)));
+                }
+            }
+        }
+        if self.flags & HAS_FLAGS == 0 {
+            return Err(Error::invalid("NBD server does not describe the export"));
+        }
+        Ok(())
+    }
+
+    fn note_info(&mut self, data: &[u8]) -> Result<()> {
+        let mut at = data;
+        match take_u16(&mut at)? {
+            INFO_EXPORT => {
+                self.size = take_u64(&mut at)?;
+                self.flags = take_u16(&mut at)?;
+                if self.size > i64::MAX as u64 {
+                    return Err(Error::invalid("NBD export is too large"));
+                }
+            }
+            INFO_BLOCK_SIZE => {
+                let (minimum, _, maximum) = (take_u32(&mut at)?, take_u32(&mut at)?, take_u32(&mut at)?);
+                if !minimum.is_power_of_two() || minimum > 65536 || maximum < minimum {
+                    return Err(Error::invalid("NBD server gives invalid block sizes"));
+                }
+                self.max = maximum.min(MAX_PAYLOAD) / minimum * minimum;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn request(&self, command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Result<Reply> {
+        let cookie = {
+            let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+            if let Some(why) = &board.dead {
+                return Err(lost(why));
+            }
+            let cookie = board.next;
+            board.next += 1;
+            let reads = command == CMD_READ;
+            board.pending.insert(cookie, Pending { reply: Reply::default(), offset, len, reads });
+            cookie
+        };
+        let mut head = REQUEST_MAGIC.to_be_bytes().to_vec();
+        head.extend(flags.to_be_bytes());
+        head.extend(command.to_be_bytes());
+        head.extend(cookie.to_be_bytes());
+        head.extend(offset.to_be_bytes());
+        head.extend(len.to_be_bytes());
+        if let Err(e) = self.send(&head, payload) {
+            self.die(&e.to_string());
+            return Err(lost(&e.to_string()));
+        }
+        self.wait(cookie)
+    }
+
+    fn wait(&self, cookie: u64) -> Result<Reply> {
+        let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+        loop {
+            if board.pending.get(&cookie).is_some_and(|p| p.reply.done) {
+                let done = board.pending.remove(&cookie);
+                drop(board);
+                self.changed.notify_all();
+                let reply = done.map(|p| p.reply).unwrap_or_default();
+                if reply.error != 0 {
+                    let source = std::io::Error::from_raw_os_error(reply.error as i32);
+                    let what = if reply.message.is_empty() { "NBD server".into() } else { reply.message };
+                    return Err(Error::io(what, source));
+                }
+                return Ok(reply);
+            }
+            if let Some(why) = &board.dead {
+                return Err(lost(why));
+            }
+            if board.reading {
+                board = self.changed.wait(board).unwrap_or_else(|e| e.into_inner());
+                continue;
+            }
+            board.reading = true;
+            drop(board);
+            let result = self.read_reply();
+            board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+            board.reading = false;
+            if let Err(e) = result {
+                board.dead.get_or_insert(e.to_string());
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    fn die(&self, why: &str) {
+        let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+        board.dead.get_or_insert(why.to_owned());
+        board.pending.clear();
+        drop(board);
+        self.writer.lock().unwrap_or_else(|e| e.into_inner()).shutdown();
+        self.changed.notify_all();
+    }
+
+    /// Reads one reply or chunk of a reply and notes it down.
+    fn read_reply(&self) -> Result<()> {
+        let mut reader = self.reader.lock().unwrap_or_else(|e| e.into_inner());
+        let reader = &mut *reader;
+        let unknown = || Error::invalid("NBD server answers a request that was not made");
+        let edit = |cookie: u64, f: &mut dyn FnMut(&mut Pending)| -> Result<()> {
+            let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+            board.pending.get_mut(&cookie).map(f).ok_or_else(unknown)
+        };
+        let range = |cookie: u64| -> Result<(u64, u32, bool)> {
+            let board = self.board.lock().unwrap_or_else(|e| e.into_inner());
+            board.pending.get(&cookie).map(|p| (p.offset, p.len, p.reads)).ok_or_else(unknown)
+        };
+        match take_u32(reader)? {
+            SIMPLE_REPLY_MAGIC => {
+                let (error, cookie) = (take_u32(reader)?, take_u64(reader)?);
+                let (_, len, reads) = range(cookie)?;
+                if reads && self.structured {
+                    return Err(Error::invalid("NBD server answers a read without structure"));
+                }
+                let mut data = if reads && error == 0 { take_vec(reader, len, MAX_PAYLOAD)? } else { Vec::new() };
+                edit(cookie, &mut |p| {
+                    p.reply.error = error;
+                    p.reply.data.push((0, std::mem::take(&mut data)));
+                    p.reply.done = true;
+                })
+            }
+            STRUCTURED_REPLY_MAGIC if self.structured => {
+                let (flags, kind) = (take_u16(reader)?, take_u16(reader)?);
+                let (cookie, len) = (take_u64(reader)?, take_u32(reader)?);
+                let (start, want, reads) = range(cookie)?;
+                let body = take_vec(reader, len, MAX_PAYLOAD + 64)?;
+                let mut at = &body[..];
+                let inside = |offset: u64, n: u64| {
+                    offset.checked_sub(start).filter(|&o| reads && o + n <= u64::from(want)).ok_or_else(|| {
+                        Error::invalid("NBD server sends data that was not asked for")
+                    })
+                };
+                let (mut part, mut status, mut error) = (None, Vec::new(), (0, String::new()));
+                match kind {
+                    CHUNK_NONE => {}
+                    CHUNK_DATA => {
+                        let offset = take_u64(&mut at)?;
+                        part = Some((inside(offset, at.len() as u64)?, at.to_vec()));
+                    }
+                    CHUNK_HOLE => {
+                        let (offset, n) = (take_u64(&mut at)?, take_u32(&mut at)?);
+                        part = Some((inside(offset, u64::from(n))?, vec![0; n as usize]));
+                    }
+                    CHUNK_BLOCK_STATUS => {
+                        take_u32(&mut at)?;
+                        while at.len() >= 8 {
+                            status.push((take_u32(&mut at)?, take_u32(&mut at)?));
+                        }
+                    }
+                    kind if kind & 1 << 15 != 0 => {
+                        let (number, n) = (take_u32(&mut at)?, take_u16(&mut at)?);
+                        let text = at.get(..usize::from(n)).unwrap_or_default();
+                        error = (number.max(1), String::from_utf8_lossy(text).into_owned());
+                    }
+                    other => return Err(Error::invalid(format!("NBD server sends an unknown chunk {other}"))),
+                }
+                edit(cookie, &mut |p| {
+                    p.reply.data.extend(part.take());
+                    p.reply.status.append(&mut status);
+                    if error.0 != 0 {
+                        (p.reply.error, p.reply.message) = std::mem::take(&mut error);
+                    }
+                    p.reply.done |= flags & CHUNK_DONE != 0;
+                })
+            }
+            _ => Err(Error::invalid("NBD server sends no reply")),
+        }
+    }
+}
+
+/// The connection is gone: a request may succeed on a new one.
+fn lost(why: &str) -> Error {
+    Error::io(format!("NBD connection lost ({why})"), std::io::Error::from_raw_os_error(libc::ECONNRESET))
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut head = REQUEST_MAGIC.to_be_bytes().to_vec();
+        head.extend(0u16.to_be_bytes());
+        head.extend(CMD_DISC.to_be_bytes());
+        head.extend([0; 20]);
+        // A courtesy; the server sees the end of the connection anyway.
+        if let Ok(writer) = self.writer.get_mut() {
+            let _ = writer.write_all(&head);
+        }
+    }
+}
+
+impl NbdStorage {
+    /// Connects to an export.
+    pub fn open(address: &NbdAddress, options: &StorageOptions) -> Result<Self> {
+        let connection = Connection::open(address)?;
+        if connection.flags & READ_ONLY != 0 && !options.read_only {
+            return Err(Error::io(
+                format!("'{address}': request for write access denied"),
+                std::io::Error::from_raw_os_error(libc::EACCES),
+            ));
+        }
+        Ok(NbdStorage {
+            address: address.clone(),
+            connection: RwLock::new(Arc::new(connection)),
+            read_only: options.read_only,
+            no_flush: options.cache.no_flush,
+            writethrough: options.cache.writethrough,
+        })
+    }
+
+    fn connection(&self) -> Arc<Connection> {
+        Arc::clone(&self.connection.read().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    /// Makes a request; when the connection is lost, connects anew and makes it again (every request may be repeated).
+    fn request(&self, command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Result<Reply> {
+        const TRIES: u32 = 3;
+        for attempt in 0.. {
+            let connection = self.connection();
+            match connection.request(command, flags, offset, len, payload) {
+                Err(e) if attempt < TRIES && e.errno() == libc::ECONNRESET => {
+                    std::thread::sleep(std::time::Duration::from_millis(50 << attempt));
+                    let mut slot = self.connection.write().unwrap_or_else(|e| e.into_inner());
+                    // Another thread may have connected already.
+                    if Arc::ptr_eq(&slot, &connection)
+                        && let Ok(new) = Connection::open(&self.address)
+                        && new.size == connection.size
+                    {
+                        *slot = Arc::new(new);
+                    }
+                }
+                other => return other,
+            }
+        }
+        Err(lost("no answer"))
+    }
+
+    fn each(&self, offset: u64, len: u64, mut f: impl FnMut(u64, u32) -> Result<()>) -> Result<()> {
+        let step = u64::from(self.connection().max.max(512));
+        let mut at = offset;
+        while at < offset + len {
+            let n = (offset + len - at).min(step);
+            f(at, n as u32)?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    fn write_flags(&self) -> u16 {
+        if self.writethrough && self.connection().flags & SEND_FUA != 0 { FLAG_FUA } else { 0 }
+    }
+
+    fn writable(&self) -> Result<()> {
+        if self.read_only { Err(Error::ReadOnly(self.name())) } else { Ok(()) }
+    }
+}
+
+impl Storage for NbdStorage {
+    fn size(&self) -> Result<u64> {
+        Ok(self.connection().size)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let inside = self.size()?.saturating_sub(offset).min(buf.len() as u64) as usize;
+        buf[inside..].fill(0);
+        let buf = &mut buf[..inside];
+        self.each(offset, inside as u64, |at, n| {
+            let piece = &mut buf[(at - offset) as usize..][..n as usize];
+            let reply = self.request(CMD_READ, 0, at, n, &[])?;
+            let mut got = 0;
+            for (start, data) in &reply.data {
+                piece[*start as usize..*start as usize + data.len()].copy_from_slice(data);
+                got += data.len();
+            }
+            if got == n as usize { Ok(()) } else { Err(Error::invalid("NBD server sends too little data")) }
+        })
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.writable()?;
+        let flags = self.write_flags();
+        self.each(offset, buf.len() as u64, |at, n| {
+            let piece = &buf[(at - offset) as usize..][..n as usize];
+            self.request(CMD_WRITE, flags, at, n, piece).map(drop)
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.no_flush || self.read_only || self.connection().flags & SEND_FLUSH == 0 {
+            return Ok(());
+        }
+        self.request(CMD_FLUSH, 0, 0, 0, &[]).map(drop)
+    }
+
+    fn set_size(&self, size: u64) -> Result<()> {
+        if size <= self.size()? {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!("NBD export '{}' cannot grow", self.address)))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.writable()?;
+        if self.connection().flags & SEND_TRIM == 0 {
+            return Ok(());
+        }
+        self.each(offset, len, |at, n| self.request(CMD_TRIM, 0, at, n, &[]).map(drop))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<Zeroing> {
+        self.writable()?;
+        if self.connection().flags & SEND_WRITE_ZEROES == 0 {
+            return Ok(Zeroing::Unsupported);
+        }
+        let flags = self.write_flags() | if flags.unmap { 0 } else { FLAG_NO_HOLE };
+        self.each(offset, len, |at, n| self.request(CMD_WRITE_ZEROES, flags, at, n, &[]).map(drop))?;
+        Ok(Zeroing::Done)
+    }
+
+    fn allocate(&self, _offset: u64, _len: u64) -> Result<Zeroing> {
+        Ok(Zeroing::Unsupported)
+    }
+
+    fn held(&self, offset: u64, len: u64) -> Result<(Held, u64)> {
+        let size = self.size()?;
+        if offset >= size {
+            return Ok((Held::Hole, len));
+        }
+        let len = len.min(size - offset);
+        if !self.connection().allocation {
+            return Ok((Held::Data, len));
+        }
+        let n = len.min(1 << 30) as u32;
+        let reply = self.request(CMD_BLOCK_STATUS, 0, offset, n, &[])?;
+        let kind = |state: u32| if state & STATE_ZERO != 0 { Held::Hole } else { Held::Data };
+        let Some(&(first, state)) = reply.status.first() else { return Ok((Held::Data, len)) };
+        let mut sum = u64::from(first);
+        for &(more, next) in &reply.status[1..] {
+            if kind(next) != kind(state) {
+                break;
+            }
+            sum += u64::from(more);
+        }
+        Ok((kind(state), sum.clamp(1, len)))
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn set_read_only(&self, read_only: bool) -> Result<()> {
+        if read_only == self.read_only { Ok(()) } else { Err(Error::ReadOnly(self.name())) }
+    }
+
+    fn name(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn protocol(&self) -> &'static str {
+        "nbd"
+    }
+
+    fn grows_with_zeros(&self) -> bool {
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        let a = NbdAddress::parse("nbd+unix:///a%20b?socket=/tmp/s").unwrap();
+        assert_eq!((a.socket.unwrap().to_str().unwrap(), a.export.as_str()), ("/tmp/s", "a b"));
+        let a = NbdAddress::parse("nbd://[::1]:99/x/y").unwrap();
+        assert_eq!((a.host.as_str(), a.port, a.export.as_str()), ("::1", 99, "x/y"));
+        let a = NbdAddress::parse("nbd:unix:/tmp/s:exportname=e").unwrap();
+        assert_eq!(a.export, "e");
+        let a = NbdAddress::parse("nbd:h:1").unwrap();
+        assert_eq!((a.host.as_str(), a.port), ("h", 1));
+        assert_eq!(NbdAddress::parse("nbd://h").unwrap().port, PORT);
+        for bad in ["nbd+unix:///x", "nbd:h:port", "nbds://h/x", "http://x"] {
+            assert!(NbdAddress::parse(bad).is_err(), "{bad}");
+        }
+    }
+}
