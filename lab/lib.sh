@@ -1,7 +1,10 @@
 # What scenarios share. Sourced with: . "$LAB/lib.sh"
 #
 # Given by the lab: LAB (this directory), LAB_GUEST (the test guest's files), LAB_TINY (the smallest guest), KVASIR,
-# QEMU and XTASK (programs).
+# QEMU and XTASK (programs). $work is a directory for the scenario's files.
+
+work=$(mktemp -d) || exit
+trap 'rm -rf "$work"' EXIT
 
 checks=0
 failures=0
@@ -28,7 +31,7 @@ finish() {
 # expect NAME STATUS PATTERN COMMAND...: runs a command, whose standard input is empty, for at most $limit seconds
 # (60 if unset); passes if it ends with STATUS and printed a line that matches PATTERN (a basic regular expression).
 # The output is left in $output.
-output=/tmp/lab-output.$$
+output=$work/output
 expect() {
     name=$1 status=$2 pattern=$3
     shift 3

@@ -14,20 +14,20 @@
 
 memory=256
 append='console=ttyS0 quiet panic=-1 kvasir.test=idle'
-truncate -s 64M /tmp/disk.img
+truncate -s 64M "$work/disk.img"
 
 # The rest of a row is set by one of these two: command words (split on purpose), and how the monitor spells options.
 kvasir() {
     command="$KVASIR run --accel kvm --memory ${memory}M --machine $1" dashes=--
-    disk='--disk /tmp/disk.img'
+    disk="--disk $work/disk.img"
 }
 
 qemu() {
     # -nodefaults and -cpu host are the fastest it can do; the display and network it has by default are no part of this.
     command="$QEMU -accel kvm -cpu host -m $memory -machine $1 -nodefaults -serial stdio -display none -no-reboot" dashes=-
     case $1 in
-    microvm) disk='-drive id=d,if=none,format=raw,file=/tmp/disk.img -device virtio-blk-device,drive=d' ;;
-    *) disk='-drive if=virtio,format=raw,file=/tmp/disk.img' ;;
+    microvm) disk="-drive id=d,if=none,format=raw,file=$work/disk.img -device virtio-blk-device,drive=d" ;;
+    *) disk="-drive if=virtio,format=raw,file=$work/disk.img" ;;
     esac
 }
 

@@ -3,7 +3,6 @@
 //! When the line has come the monitor is stopped first and looked at then, so that nothing it does afterwards counts.
 
 use std::io::Read;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -126,7 +125,7 @@ pub fn time(command: &[String], until: &str, limit: Duration, questions: &Questi
     let trace = if questions.first_entry { Some(Trace::start()?) } else { None };
     let exits_before = if questions.exits { count_exits()? } else { 0 };
     let mut monitor = Command::new(program);
-    monitor.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+    monitor.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
     let start = Instant::now();
     let start_clock = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut child = Running(monitor.spawn().with_context(|| format!("{program}: cannot run"))?);

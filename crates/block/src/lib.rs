@@ -36,16 +36,19 @@
 mod error;
 pub mod formats;
 mod image;
+pub mod jobs;
 pub mod nbd;
 mod options;
 mod range_lock;
 pub mod storage;
+mod throttle;
 
 pub use error::{Context, Error, Result, strerror};
 pub use image::{Create, DetectZeroes, Image, MapEntry, OpenOptions, create_image, parse_detect_zeroes};
 pub use options::{OptionKind, OptionSpec, Options, parse_size};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use storage::CacheMode;
+pub use throttle::{Limits, Rate, Throttle};
 
 /// Whether all bytes are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {

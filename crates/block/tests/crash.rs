@@ -1,5 +1,6 @@
 //! Power cuts: whatever part of the writes since the last flush reached the disk, the image opens, checks without damage, and
 //! what was flushed is there.
+#![allow(clippy::unwrap_used)] // a test that cannot be set up fails
 
 mod common;
 

@@ -7,7 +7,7 @@ mod common;
 
 use block::{
     Create, Image, OpenOptions, Options, create_image,
-    formats::{FORMATS, Mapping, Repair},
+    formats::{Backing, FORMATS, Mapping, Repair},
 };
 use common::{Random, qemu, qemu_img};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
@@ -44,6 +44,10 @@ const CASES: &[Case] = &[
     case("vhdx", "", true),
     case("vhdx", "block_size=1M,log_size=2M,block_state_zero=off", true),
     case("vhdx", "subformat=fixed,block_size=2M", true),
+    case("qed", "", true),
+    case("qed", "cluster_size=4096,table_size=1", true),
+    case("parallels", "", true),
+    case("parallels", "cluster_size=65536", true),
 ];
 
 const SIZE: u64 = (21 << 20) + 512;
@@ -74,11 +78,16 @@ impl Case {
     }
 
     fn make(&self, path: &Path) -> String {
+        self.make_on(path, None)
+    }
+
+    fn make_on(&self, path: &Path, backing: Option<Backing>) -> String {
         let name = path.to_str().unwrap().to_owned();
         create_image(&Create {
             format: self.format.into(),
             name: name.clone(),
             size: Some(SIZE),
+            backing,
             options: Options::parse(self.options).unwrap(),
             secrets: secrets(),
             ..Default::default()
@@ -318,6 +327,60 @@ fn images_made_by_qemu_are_read_and_written() {
         case.qemu_check(name);
         case.qemu_compare(name, &model);
         std::fs::remove_file(name).unwrap();
+    }
+}
+
+/// Cases with a backing file of the same format below.
+const BACKED: &[Case] = &[
+    case("vmdk", "", true),
+    case("vmdk", "zeroed_grain=on", true),
+    case("vmdk", "subformat=twoGbMaxExtentSparse", true),
+    case("qed", "", true),
+    case("qed", "cluster_size=4096,table_size=1", true),
+];
+
+#[test]
+fn overlays_show_what_is_below_them() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, case) in BACKED.iter().enumerate() {
+        for theirs in [false, true] {
+            let mut random = Random((i as u64 * 2 + u64::from(theirs) + 99).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let base = dir.path().join(format!("base{i}{theirs}"));
+            let base_name = case.make(&base);
+            let mut model = vec![0; SIZE as usize];
+            exercise(case, &base_name, &mut model, &mut random, 25);
+            let below = model.clone();
+            let path = dir.path().join(format!("top{i}{theirs}.{}", case.format));
+            let name = path.to_str().unwrap().to_owned();
+            if theirs {
+                let options = if case.options.is_empty() { "compat6=off" } else { case.options };
+                let mut words = vec!["create", "-f", case.format, "-b", &base_name, "-F", case.format];
+                if case.format == "vmdk" || !case.options.is_empty() {
+                    words.extend(["-o", options]);
+                }
+                words.push(&name);
+                if qemu_img(&words).is_none() {
+                    continue;
+                }
+            } else {
+                let backing =
+                    Backing { name: format!("base{i}{theirs}"), format: Some(case.format.into()) };
+                case.make_on(&path, Some(backing));
+            }
+            exercise(case, &name, &mut model, &mut random, 60);
+            case.qemu_check(&name);
+            case.qemu_compare(&name, &model);
+            if qemu_writes(case, &name, &mut model, &mut random) {
+                assert_reads(&case.open(&name, true), &model, &format!("{} after qemu-io", case.name()));
+            }
+            assert_reads(&case.open(&base_name, true), &below, "the base");
+            if case.format == "vmdk" {
+                // A base that changes is found out.
+                case.open(&base_name, false).write_at(b"x", 0).unwrap();
+                let error = Image::open(&name, &OpenOptions::reader(Some("vmdk"))).unwrap_err().to_string();
+                assert!(error.contains("CID"), "{error}");
+            }
+        }
     }
 }
 

@@ -71,11 +71,16 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// # Safety
 /// `to` is valid for writes of as many bytes as there are.
 unsafe fn copy_wide(from: &[u8], to: *mut u8) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_storeu_si128};
     let (blocks, rest) = from.as_chunks::<64>();
-    // SAFETY: the caller's promise covers all blocks and the rest after them.
+    // SAFETY: the caller's promise covers all blocks and the rest after them; SSE2 is part of x86-64.
     unsafe {
         for (i, block) in blocks.iter().enumerate() {
-            to.cast::<[u8; 64]>().add(i).write_unaligned(*block);
+            let (from, to) = (block.as_ptr().cast::<__m128i>(), to.add(i * 64).cast::<__m128i>());
+            let parts = [0, 1, 2, 3].map(|n| _mm_loadu_si128(from.add(n)));
+            for (n, part) in parts.into_iter().enumerate() {
+                _mm_storeu_si128(to.add(n), part);
+            }
         }
         std::ptr::copy_nonoverlapping(rest.as_ptr(), to.add(blocks.len() * 64), rest.len());
     }

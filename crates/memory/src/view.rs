@@ -23,7 +23,8 @@ impl FileView {
     /// The host's refusal: some file systems cannot be mapped.
     pub fn new(file: &File, len: u64) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_POPULATE;
+        // Not populated: faults map many pages at once, and what lies between the parts of use stays out.
+        let flags = libc::MAP_PRIVATE;
         // SAFETY: a fresh read-only mapping at an address of the kernel's choice; the result is checked.
         let ptr = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
         if ptr == libc::MAP_FAILED {

@@ -3,8 +3,9 @@
 
 use crate::exec::dr6;
 use crate::fault::{Exception, Res, vector};
-use crate::state::{Cpu, cr, fl};
+use crate::state::{Cpu, Mode, cr, fl, seg};
 use accel::Exit;
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::fmt::Write;
 
 const DR6_FIXED: u64 = 0xffff_0ff0;
@@ -122,6 +123,39 @@ impl Cpu {
         }
         let e = Exception { vector: vector::DB, dr6: hits, ..Default::default() };
         self.take_exception(e).map_or(Ok(true), Err)
+    }
+
+    /// Logs the instruction at RIP, and the registers before it.
+    #[cold]
+    pub(crate) fn trace_instruction(&mut self) {
+        let mut code = [0; 15];
+        let lin = self.fetch_address(self.rip);
+        let privilege = self.privilege();
+        let held = self.exception;
+        let text = if self.read_bytes_as(privilege, seg::CS, lin, &mut code).is_ok() {
+            let bits = if self.mode.is64() {
+                64
+            } else if self.mode.contains(Mode::CODE32) {
+                32
+            } else {
+                16
+            };
+            let mut text = String::new();
+            let i = Decoder::with_ip(bits, &code, self.rip, DecoderOptions::NONE).decode();
+            IntelFormatter::new().format(&i, &mut text);
+            text
+        } else {
+            "?".into()
+        };
+        self.exception = held;
+        tracing::trace!(
+            target: "softcpu::instructions",
+            "{:04x}:{:016x} {text:<40} {:x?} {:x}",
+            self.seg[seg::CS].selector,
+            self.rip,
+            &self.regs[..16],
+            self.rflags()
+        );
     }
 
     /// The registers as text, for messages about a VM that cannot go on.

@@ -299,6 +299,9 @@ impl Cpu {
                 continue;
             }
             if self.mode.contains(Mode::STEP) {
+                if self.traced {
+                    self.trace_instruction();
+                }
                 self.step_armed = self.flags & fl::TF != 0;
                 match self.instruction_breakpoint() {
                     Ok(true) => continue,
@@ -402,7 +405,7 @@ impl Cpu {
             m |= Mode::USER;
         }
         let breakpoints = self.dr7 & 0xff != 0;
-        if self.shadow || self.flags & fl::TF != 0 || breakpoints {
+        if self.shadow || self.flags & fl::TF != 0 || breakpoints || self.traced {
             m |= Mode::STEP;
         }
         self.mode = m;

@@ -295,6 +295,8 @@ pub struct Cpu {
     pub step_armed: bool,
     /// EFLAGS.RF was loaded by the instruction that runs, so it stays for the next.
     pub rf_loaded: bool,
+    /// Every instruction is logged (`softcpu::instructions` at level `trace`), and runs alone.
+    pub traced: bool,
     /// Epoch of the memory map that the MMU knows.
     pub map_epoch: u64,
     /// Initial APIC ID.

@@ -68,6 +68,7 @@ impl SoftVcpu {
             injected: None,
             step_armed: false,
             rf_loaded: false,
+            traced: tracing::enabled!(target: "softcpu::instructions", tracing::Level::TRACE),
             map_epoch,
             apic_id: config.apic_id,
             shadow: false,

@@ -30,6 +30,7 @@ impl Host {
         drop(lock);
         let image = image(scenario, material, &package, &busybox)?;
         let directory = paths::cache()?.join("lab");
+        remove_abandoned(&directory)?;
         // Two tasks may run the same scenario at once.
         let initramfs = directory.join(format!("{}-{}.cpio", scenario.name, std::process::id()));
         std::fs::write(&initramfs, image).with_context(|| initramfs.display().to_string())?;
@@ -44,16 +45,42 @@ impl Host {
     }
 
     /// The command that starts it, for a shell.
-    pub fn command_line(&self) -> String {
+    fn command_line(&self) -> String {
         let quote = |word: &String| if word.contains(' ') { format!("'{word}'") } else { word.clone() };
         let words: Vec<_> = self.arguments.iter().map(quote).collect();
         format!("{} {}", programs::QEMU, words.join(" "))
+    }
+
+    /// Keeps its image, under a name of its own, and returns the command that starts it.
+    pub fn keep(mut self, name: &str) -> Result<String> {
+        let kept = self.initramfs.with_file_name(format!("{name}.cpio"));
+        std::fs::rename(&self.initramfs, &kept).with_context(|| kept.display().to_string())?;
+        let (old, new) = (self.initramfs.display().to_string(), kept.display().to_string());
+        self.arguments.iter_mut().filter(|word| **word == old).for_each(|word| word.clone_from(&new));
+        Ok(self.command_line())
     }
 
     /// Deletes its image.
     pub fn remove(self) -> Result<()> {
         std::fs::remove_file(&self.initramfs).with_context(|| self.initramfs.display().to_string())
     }
+}
+
+/// Deletes images of tasks that were killed before they could do it.
+fn remove_abandoned(directory: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(directory).with_context(|| directory.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if owner(&name).is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists()) {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// The process that an image of this name belongs to.
+fn owner(name: &str) -> Option<u32> {
+    name.strip_suffix(".cpio")?.rsplit_once('-')?.1.parse().ok()
 }
 
 fn arguments(scenario: &Scenario, icount: bool, shell: bool, kernel: &Path, initramfs: &Path) -> Vec<String> {
@@ -126,6 +153,13 @@ fn image(scenario: &Scenario, material: &Material, package: &Path, busybox: &Pat
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_name_their_process() {
+        assert_eq!(owner("bench-boot-123.cpio"), Some(123));
+        assert_eq!(owner("bench-boot.cpio"), None);
+        assert_eq!(owner("boot-123.log"), None);
+    }
 
     #[test]
     fn instruction_counting_takes_one_processor() {

@@ -64,7 +64,9 @@ pub fn task(options: &Options) -> Result<ExitCode> {
     if options.shell {
         let scenario = chosen.first().context("no scenario")?;
         let host = Host::build(scenario, &material, options.icount, true)?;
-        return run::interactive(&host);
+        let status = run::interactive(&host)?;
+        host.remove()?;
+        return Ok(status);
     }
     let mut failed = Vec::new();
     for scenario in &chosen {
@@ -95,7 +97,7 @@ fn nested(scenario: &Scenario, material: &Material, options: &Options) -> Result
         outcome = run::in_host(&host, &scenario.name, limit)?;
     }
     if options.keep {
-        eprintln!("xtask: the lab host is kept; start it with:\n{}", host.command_line());
+        eprintln!("xtask: the lab host is kept; start it with:\n{}", host.keep(&scenario.name)?);
     } else {
         host.remove()?;
     }

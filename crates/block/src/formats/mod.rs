@@ -3,6 +3,7 @@
 //! A format is a module with a `pub static DRIVER: Driver`; adding one is its name in the [`formats!`] line below.
 
 mod api;
+mod crypto;
 mod support;
 
 pub use api::*;
@@ -25,6 +26,7 @@ formats! {
     qed,
     parallels,
     qcow,
+    luks,
     raw,
 }
 

@@ -94,10 +94,10 @@ impl Header {
         if header.header == 0 || header.header * header.cluster > 1 << 31 {
             return Err(bad(format!("header of {} clusters", header.header)));
         }
-        if header.size % 512 != 0 || header.size > max_size(header.cluster, header.table) {
+        if !header.size.is_multiple_of(512) || header.size > max_size(header.cluster, header.table) {
             return Err(bad(format!("disk size {}", header.size)));
         }
-        if header.l1 % header.cluster != 0 || header.l1 < header.header * header.cluster || header.l1 > i64::MAX as u64 / 2 {
+        if !header.l1.is_multiple_of(header.cluster) || header.l1 < header.header * header.cluster || header.l1 > i64::MAX as u64 / 2 {
             return Err(bad(format!("first-level table at {:#x}", header.l1)));
         }
         if header.features & feature::BACKING_FILE != 0 {
@@ -363,7 +363,7 @@ impl Format for Qed {
         if size < header.size {
             return Err(Error::unsupported("Shrinking images is currently not supported"));
         }
-        if size % 512 != 0 || size > max_size(header.cluster, header.table) {
+        if !size.is_multiple_of(512) || size > max_size(header.cluster, header.table) {
             return Err(Error::usage("Invalid image size specified"));
         }
         let next = Header { size, ..*header };

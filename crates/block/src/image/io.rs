@@ -67,6 +67,7 @@ impl Image {
         if buf.is_empty() {
             return Ok(());
         }
+        self.throttle(false, buf.len() as u64);
         if let (Some(base), None) = (self.format.flat(), self.format.cipher()) {
             return self.storage().read_at(buf, base + offset);
         }
@@ -198,6 +199,8 @@ impl Image {
             let unmap = self.detect_zeroes == DetectZeroes::Unmap && self.discard;
             return self.write_zeroes(offset, buf.len() as u64, unmap);
         }
+        self.throttle(true, buf.len() as u64);
+        let _change = self.begin_change(offset, buf.len() as u64)?;
         match (self.format.flat(), self.format.cipher()) {
             (Some(base), None) => {
                 placed();
@@ -407,6 +410,8 @@ impl Image {
         if self.guard_first_sector && offset < 512 && len > 0 {
             self.refuse_disguise(&ZEROS[..len.min(512) as usize], offset)?;
         }
+        self.throttle(true, 512.min(len));
+        let _change = self.begin_change(offset, len)?;
         let end = offset + len;
         let unit = self.format.zero_unit().max(1);
         let start = offset.checked_next_multiple_of(unit).unwrap_or(end).min(end);
@@ -462,9 +467,34 @@ impl Image {
         if len == 0 || (self.guard_first_sector && offset < 512) {
             return Ok(());
         }
+        let _change = self.begin_change(offset, len)?;
         let _guard = self.exclusive(offset, len);
         self.forget_decoded();
         self.format.discard(offset, len)
+    }
+
+    /// Copies what backing files hold of a range into this image, unless it is allocated here already. What a reader sees
+    /// does not change.
+    pub fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        let Some(backing) = self.backing() else { return Ok(()) };
+        let (mut at, mut extents, mut buf) = (offset, Vec::new(), Vec::new());
+        while at < offset + len {
+            let n = (offset + len - at).min(MAX_PIECE);
+            let _guard = self.exclusive(at, n);
+            extents.clear();
+            self.format.map(at, n, &mut extents)?;
+            for e in &extents {
+                if e.mapping == Mapping::Unallocated {
+                    buf.resize(e.len as usize, 0);
+                    backing.read_as_backing(&mut buf, e.offset)?;
+                    self.write_exclusive(&buf, e.offset, &mut || {})?;
+                }
+                at = e.offset + e.len;
+            }
+        }
+        Ok(())
     }
 
     /// Compresses one unit: see [`crate::formats::Format::compress`]. `None`: store it plainly.
@@ -477,6 +507,7 @@ impl Image {
         self.check_writable()?;
         let unit = self.format.unit();
         self.check_range(offset, 1)?;
+        let _change = self.begin_change(offset, unit.min(self.size() - offset))?;
         let _guard = self.exclusive(offset, unit.min(self.size() - offset));
         self.forget_decoded();
         self.format.write_compressed(offset, data)

@@ -3,6 +3,7 @@
 mod create;
 mod io;
 mod open;
+mod watch;
 
 use crate::{
     Error, Result,
@@ -85,6 +86,7 @@ pub struct Image {
     warnings: Vec<String>,
     identity: Option<(u64, u64)>,
     closed: AtomicBool,
+    watch: watch::Watch,
 }
 
 impl std::fmt::Debug for Image {
@@ -152,6 +154,7 @@ impl Image {
         if self.guard_first_sector
             || self.detect_zeroes != DetectZeroes::Off
             || self.writethrough
+            || self.watch.is_active()
             || self.format.cipher().is_some()
         {
             return None;

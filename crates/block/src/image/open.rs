@@ -267,6 +267,7 @@ fn open_on(
         warnings,
         identity,
         closed: AtomicBool::new(false),
+        watch: super::watch::Watch::default(),
         format,
     };
     if !options.no_backing && named_backing.as_deref() != Some("") {

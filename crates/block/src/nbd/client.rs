@@ -235,11 +235,8 @@ impl Connection {
             query.extend(15u32.to_be_bytes());
             query.extend(b"base:allocation");
             self.option(OPT_SET_META_CONTEXT, &query)?;
-            loop {
-                match Self::option_reply(reader, OPT_SET_META_CONTEXT)?.0 {
-                    REP_META_CONTEXT => self.allocation = true,
-                    _ => break,
-                }
+            while Self::option_reply(reader, OPT_SET_META_CONTEXT)?.0 == REP_META_CONTEXT {
+                self.allocation = true;
             }
         }
         let mut go = name;

@@ -466,7 +466,7 @@ impl Export {
         Ok(end == offset + len && entries.iter().all(|e| e.zero))
     }
 
-    fn status(&self, session: &Session, r: &Request) -> Result<Vec<(u32, Vec<(u32, u32)>)>> {
+    fn status(&self, session: &Session, r: &Request) -> Result<Vec<ContextStatus>> {
         let end = r.offset + u64::from(r.len);
         let one = r.flags & FLAG_REQ_ONE != 0;
         let mut out = Vec::new();
@@ -501,7 +501,7 @@ impl Export {
                         MetaContext::Depth => if e.present { e.depth + 1 } else { 0 },
                         _ => {
                             let hole = !e.data && (!e.present || e.offset.is_none());
-                            u32::from(hole) * STATE_HOLE | u32::from(e.zero) * STATE_ZERO
+                            (u32::from(hole) * STATE_HOLE) | (u32::from(e.zero) * STATE_ZERO)
                         }
                     };
                     let (mut at, mut entries) = (r.offset, Vec::new());
@@ -526,10 +526,13 @@ impl Export {
     }
 }
 
+/// A context's number, and lengths with their states.
+type ContextStatus = (u32, Vec<(u32, u32)>);
+
 /// What a request leads to.
 enum Answer {
     Done,
     Data,
     Hole,
-    Status(Vec<(u32, Vec<(u32, u32)>)>),
+    Status(Vec<ContextStatus>),
 }

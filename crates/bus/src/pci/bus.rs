@@ -68,8 +68,8 @@ pub(super) fn lock(function: &SharedFunction) -> MutexGuard<'_, dyn PciFunction 
 impl PciBus {
     /// Bus 0. BARs decode on `bus` (which is not kept alive). INTx pins are spread over `pins` (PC: eight, IOAPIC inputs 16 to 23); none leaves
     /// them unconnected.
-    pub fn root(bus: &Arc<Bus>, pins: Vec<Arc<IrqPin>>) -> Arc<Self> {
-        Arc::new(Self { slots: RwLock::default(), wiring: Wiring::Pins(pins), decoder: Decoder::new(bus) })
+    pub fn root(bus: Arc<Bus>, pins: Vec<Arc<IrqPin>>) -> Arc<Self> {
+        Arc::new(Self { slots: RwLock::default(), wiring: Wiring::Pins(pins), decoder: Decoder::new(&bus) })
     }
 
     /// The bus behind the bridge that is or will be plugged into device `slot` of `parent`.
@@ -93,7 +93,12 @@ impl PciBus {
     ///
     /// # Errors
     /// [`PciError`].
-    pub fn add<F: PciFunction + 'static>(&self, slot: u8, function: u8, device: &Arc<Mutex<F>>) -> Result<(), PciError> {
+    pub fn add<F: PciFunction + 'static>(
+        &self,
+        slot: u8,
+        function: u8,
+        device: &Arc<Mutex<F>>,
+    ) -> Result<(), PciError> {
         self.add_shared(slot, function, device.clone(), device.clone())
     }
 
@@ -121,8 +126,11 @@ impl PciBus {
             }
             slots.insert(devfn, Slot { function: object.clone(), device: device.clone() });
         }
-        let plug =
-            Plug { decoder: self.decoder.clone(), owner: self.decoder.owner(), device: Arc::downgrade(&device) };
+        let plug = Plug {
+            decoder: self.decoder.clone(),
+            owner: self.decoder.owner(),
+            device: Arc::downgrade(&device),
+        };
         let pin = lock(&object).config().get_u8(reg::INTERRUPT_PIN);
         let line = pin.checked_sub(1).and_then(|pin| self.pin(slot, pin)).map(|pin| pin.line());
         lock(&object).config_mut().connect(plug, line);
@@ -188,7 +196,8 @@ impl PciBus {
                 let f = lock(&slot.function);
                 let (secondary, subordinate) =
                     (f.config().get_u8(reg::PRIMARY_BUS + 1), f.config().get_u8(reg::PRIMARY_BUS + 2));
-                let reaches = f.config().is_bridge() && secondary != 0 && (secondary..=subordinate).contains(&bus);
+                let reaches =
+                    f.config().is_bridge() && secondary != 0 && (secondary..=subordinate).contains(&bus);
                 if reaches { f.secondary().map(|b| (secondary, b)) } else { None }
             });
             let Some((secondary, below)) = next else { return at };

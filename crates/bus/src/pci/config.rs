@@ -69,7 +69,10 @@ pub struct ConfigSaved {
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Config").field("name", &self.name).field("decoded", &self.decoded).finish_non_exhaustive()
+        f.debug_struct("Config")
+            .field("name", &self.name)
+            .field("decoded", &self.decoded)
+            .finish_non_exhaustive()
     }
 }
 
@@ -187,7 +190,11 @@ impl Config {
     /// # Panics
     /// On another size, which is a bug in the model.
     pub fn add_rom(&mut self, size: u32) {
-        assert!(size.is_power_of_two() && (1 << 11..=1 << 24).contains(&size), "{}: ROM of {size} bytes", self.name);
+        assert!(
+            size.is_power_of_two() && (1 << 11..=1 << 24).contains(&size),
+            "{}: ROM of {size} bytes",
+            self.name
+        );
         let offset = if self.bridge { reg::BRIDGE_ROM } else { reg::ROM };
         self.allow(offset, &(!(size - 1) | 1).to_le_bytes());
         self.bars[ROM] = Some(Bar::memory32(size.into()));

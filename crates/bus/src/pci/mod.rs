@@ -3,7 +3,7 @@
 //! # Putting a PCI machine together
 //! ```text
 //! let pins: Vec<_> = (16..24).map(|gsi| IrqPin::new(irqs.clone(), gsi)).collect();
-//! let pci = PciBus::root(&bus, pins);                                   // Arc<PciBus>
+//! let pci = PciBus::root(bus.clone(), pins);                            // Arc<PciBus>
 //! let ports = shared(ConfigPorts::new(pci.clone(), Some(system)));      // 0xcf8..0xcff, and 0xcf9 reset control
 //! bus.map(Space::Port, 0xcf8, 8, "pci-ports", &ports, RegionId(0))?;
 //! let ecam = shared(Ecam::new(pci.clone(), 256));                       // 1 MiB a bus

@@ -40,7 +40,13 @@ impl Chain {
     }
 
     /// Appends a descriptor's buffer, checking that it lies in RAM and in the right order.
-    pub(super) fn append(&mut self, mem: &GuestMemory, addr: u64, len: u32, writable: bool) -> Result<(), QueueError> {
+    pub(super) fn append(
+        &mut self,
+        mem: &GuestMemory,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), QueueError> {
         let readable_so_far = self.readable == self.segments.len();
         if !writable && !readable_so_far {
             return Err(QueueError::Order);

@@ -122,7 +122,8 @@ impl Core {
     }
 
     fn clear(&mut self) {
-        self.queues = self.max_sizes.iter().map(|n| QueueConfig { size: *n, ..QueueConfig::default() }).collect();
+        self.queues =
+            self.max_sizes.iter().map(|n| QueueConfig { size: *n, ..QueueConfig::default() }).collect();
         self.device_select = 0;
         self.driver_select = 0;
         self.driver_features = 0;
@@ -188,7 +189,12 @@ impl Core {
     }
 
     /// Changes an address of the selected queue, by 32-bit halves.
-    pub(super) fn set_address(&mut self, which: impl FnOnce(&mut QueueConfig) -> &mut u64, high: bool, value: u32) {
+    pub(super) fn set_address(
+        &mut self,
+        which: impl FnOnce(&mut QueueConfig) -> &mut u64,
+        high: bool,
+        value: u32,
+    ) {
         if let Some(queue) = self.selected_mut()
             && !queue.ready
         {
@@ -226,7 +232,8 @@ impl Core {
                 rising &= !status::FEATURES_OK;
             }
         }
-        let known = status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK | status::FEATURES_OK | status::FAILED;
+        let known =
+            status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK | status::FEATURES_OK | status::FAILED;
         let new = self.shared.status.fetch_or(rising & known, Ordering::SeqCst) | rising & known;
         if rising & status::DRIVER_OK == 0 || self.is_active() {
             return false;
@@ -284,7 +291,8 @@ impl Core {
 
     /// A notification that reached us rather than the kernel.
     pub(super) fn notify(&mut self, queue: u16) {
-        let exists = self.active.as_ref().and_then(|a| a.get(usize::from(queue))).is_some_and(Option::is_some);
+        let exists =
+            self.active.as_ref().and_then(|a| a.get(usize::from(queue))).is_some_and(Option::is_some);
         if exists && self.shared.status() & status::NEEDS_RESET == 0 {
             self.device.notify(queue);
         }
@@ -321,10 +329,8 @@ impl Core {
     }
 
     pub(super) fn save(&self) -> Result<CoreSaved, StateError> {
-        let positions = self
-            .active
-            .as_ref()
-            .map(|a| a.iter().map(|q| q.as_ref().map(|q| lock(q).position())).collect());
+        let positions =
+            self.active.as_ref().map(|a| a.iter().map(|q| q.as_ref().map(|q| lock(q).position())).collect());
         Ok(CoreSaved {
             status: self.shared.status(),
             generation: self.shared.generation(),
@@ -340,16 +346,17 @@ impl Core {
 
     /// Checks a saved state before anything is changed.
     pub(super) fn check(&self, saved: &CoreSaved) -> Result<(), StateError> {
-        let invalid = |reason: &str| {
-            Err(StateError::Invalid { kind: self.shared.name.into(), reason: reason.into() })
-        };
+        let invalid =
+            |reason: &str| Err(StateError::Invalid { kind: self.shared.name.into(), reason: reason.into() });
         if saved.queues.len() != self.max_sizes.len()
             || saved.positions.as_ref().is_some_and(|p| p.len() != self.max_sizes.len())
         {
             return invalid("the number of queues differs");
         }
         if saved.queues.iter().zip(&self.max_sizes).any(|(q, max)| q.size > *max) {
-            return invalid("a queue is larger than this device's; create the device with the same queue-size");
+            return invalid(
+                "a queue is larger than this device's; create the device with the same queue-size",
+            );
         }
         let settled = saved.status & status::FEATURES_OK != 0;
         if settled && saved.driver_features & !self.features() != 0 {

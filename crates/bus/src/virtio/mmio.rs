@@ -165,7 +165,8 @@ impl VirtioMmio {
             reg::INTERRUPT_ACK => self.sink.acknowledge(value as u8),
             reg::STATUS if value == 0 => self.driver_reset(),
             reg::STATUS => {
-                if core.write_status(value as u8, &self.interrupt) {
+                let activated = core.write_status(value as u8, &self.interrupt);
+                if activated {
                     self.attach_doorbells();
                 }
             }

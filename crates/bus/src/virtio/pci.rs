@@ -162,7 +162,8 @@ impl VirtioPci {
         );
         let core = Core::new(device, platform.memory.clone(), platform.doorbells.clone());
         let queues = core.queue_count();
-        let vectors = MsixVectors::new(platform.irqs.clone(), platform.doorbells.clone(), queues.saturating_add(1));
+        let vectors =
+            MsixVectors::new(platform.irqs.clone(), platform.doorbells.clone(), queues.saturating_add(1));
         let msix = Msix { vectors: vectors.clone(), bar: MSIX_BAR, table: 0, pba: 0 };
         let pba = msix.table_len().next_multiple_of(0x800);
         let size = (pba + msix.pba_len()).next_power_of_two().max(PAGE);
@@ -177,7 +178,8 @@ impl VirtioPci {
         // The window's BAR, offset, length and data are the driver's to set; a window nobody set reaches nothing.
         let mut window = structure(CFG_PCI, 0, 0, Some(0));
         window[2] = 0;
-        let mask = [0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+        let mask =
+            [0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
         let window = config.add_capability(capability::VENDOR, &window, &mask);
         let intx = config.add_intx(1);
         let sink = Arc::new(Sink {

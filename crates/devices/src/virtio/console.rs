@@ -35,7 +35,9 @@ pub struct Spec {
 fn create(bag: &Bag, parts: &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, CreateError> {
     let spec: Spec = bag.spec()?;
     if spec.chardev.is_empty() {
-        return Err(CreateError::Other("virtio-console: chardev= is missing; name a character device".into()));
+        return Err(CreateError::Other(
+            "virtio-console: chardev= is missing; name a character device".into(),
+        ));
     }
     let chardev = parts.take_chardev(&spec.chardev)?;
     Ok(Box::new(Console::new(&spec, chardev, parts.timers())))
@@ -125,7 +127,13 @@ impl Console {
                     port.send();
                 }
             });
-            Port { chardev, transmit: Mutex::default(), receive: Mutex::default(), window: Mutex::default(), timer }
+            Port {
+                chardev,
+                transmit: Mutex::default(),
+                receive: Mutex::default(),
+                window: Mutex::default(),
+                timer,
+            }
         });
         port.chardev.attach(Arc::new(Frontend(Arc::downgrade(&port))));
         Self { ring: spec.ring.clone(), port }
@@ -152,7 +160,7 @@ impl Port {
                 if left == 0 {
                     break;
                 }
-                if !queue.pop(chain)? && !(queue.enable_notifications()? && queue.pop(chain)?) {
+                if !queue.pop_or_listen(chain)? {
                     break;
                 }
                 left = left.saturating_sub(self.write_out(chain, memory)?);
@@ -201,7 +209,7 @@ impl Port {
                     if done == data.len() {
                         break;
                     }
-                    if !queue.pop(chain)? && !(queue.enable_notifications()? && queue.pop(chain)?) {
+                    if !queue.pop_or_listen(chain)? {
                         break;
                     }
                     let mut writer = chain.writer(memory);
@@ -459,7 +467,7 @@ mod tests {
 
     #[test]
     fn buffers_without_input_cause_no_exits() {
-        for features in [0, u64::MAX & !(1 << 34), u64::MAX] {
+        for features in [0, !(1 << 34), u64::MAX] {
             let terminal = Arc::new(Terminal::default());
             let mut guest = Guest::new(console(&terminal), Transport::Pci, false);
             guest.bring_up(features, 2);

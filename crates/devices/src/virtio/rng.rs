@@ -145,7 +145,7 @@ impl Shared {
                     again = limit.as_ref().map(|l| l.until);
                     break;
                 }
-                if !queue.pop(chain)? && !(queue.enable_notifications()? && queue.pop(chain)?) {
+                if !queue.pop_or_listen(chain)? {
                     break;
                 }
                 let given = fill(chain, memory, left.min(MOST))?;

@@ -12,6 +12,7 @@ mod zero_page;
 use memory::{FileView, GuestMemory};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -121,6 +122,7 @@ struct Source<'a> {
     path: &'a Path,
     file: File,
     len: u64,
+    view: OnceCell<FileView>,
 }
 
 impl<'a> Source<'a> {
@@ -131,7 +133,7 @@ impl<'a> Source<'a> {
         if !meta.is_file() {
             return Err(fail(io::Error::other("not a regular file")));
         }
-        Ok(Self { what, path, file, len: meta.len() })
+        Ok(Self { what, path, file, len: meta.len(), view: OnceCell::new() })
     }
 
     fn error(&self, source: io::Error) -> KernelError {
@@ -171,7 +173,13 @@ impl<'a> Source<'a> {
             ))
         })?;
         // RAM is fresh (or was cleared), so zeros need not be copied.
-        let view = FileView::new(&self.file, self.len).map_err(|e| self.error(e))?;
+        let view = match self.view.get() {
+            Some(view) => view,
+            None => {
+                let view = FileView::new(&self.file, self.len).map_err(|e| self.error(e))?;
+                self.view.get_or_init(|| view)
+            }
+        };
         slice.copy_sparse(&view[offset as usize..(offset + len) as usize]);
         Ok(())
     }

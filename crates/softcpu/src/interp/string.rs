@@ -246,7 +246,7 @@ pub(super) fn repeat(cpu: &mut Cpu, op: OpPtr, mut step: impl FnMut(&mut Cpu, &O
         if count == 0 {
             return op.next(cpu);
         }
-        let single = cpu.mode.contains(Mode::STEP);
+        let single = cpu.mode.contains(Mode::STEP) && !cpu.traced;
         let most = if single { 1 } else { count.min(PIECE) };
         match step(cpu, &op, most) {
             Ok((n, ended)) => {

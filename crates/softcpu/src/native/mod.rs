@@ -130,3 +130,67 @@ fn x87_opcode(bytes: &[u8]) -> u16 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Code as Iced, Decoder, DecoderOptions, EncodingKind, Register};
+
+    #[test]
+    fn x87_opcodes_are_found_behind_prefixes() {
+        assert_eq!(x87_opcode(&[0xd8, 0xc1]), 0x0c1);
+        assert_eq!(x87_opcode(&[0x65, 0x41, 0xdd, 0x40, 0xd9]), 0x540);
+    }
+
+    /// Everything of these units that the host has can be lowered: nothing that CPUID promises is forgotten.
+    #[test]
+    fn every_code_has_a_thunk() {
+        let host = features::Host::get();
+        let mut missing = Vec::new();
+        for code in Iced::values() {
+            let kinds = code.op_code().op_kinds();
+            let names = format!("{kinds:?}");
+            let ours = ["xmm", "ymm", "mm_", "st0", "sti"].iter().any(|n| names.contains(n));
+            let encoded = matches!(code.op_code().encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+            let offered = code.cpuid_features().iter().all(|f| host.offers(*f));
+            if !ours || !encoded || !offered || names.contains("zmm") || names.contains("tmm") {
+                continue;
+            }
+            let mut i = Instruction::new();
+            i.set_code(code);
+            for (n, k) in kinds.iter().enumerate() {
+                let name = format!("{k:?}");
+                let register = match () {
+                    () if name.starts_with("xmm") => Register::XMM5,
+                    () if name.starts_with("ymm") => Register::YMM5,
+                    () if name.starts_with("mm_") => Register::MM5,
+                    () if name.starts_with("st") => Register::ST0,
+                    () if name.starts_with("r64") => Register::RBX,
+                    () if name.starts_with("r32") => Register::EBX,
+                    () => Register::None,
+                };
+                if register != Register::None {
+                    i.set_op_register(n as u32, register);
+                } else if name.starts_with("imm") {
+                    i.set_op_kind(n as u32, OpKind::Immediate8);
+                } else if name.starts_with("seg_rDI") {
+                    i.set_op_kind(n as u32, OpKind::MemorySegRDI);
+                } else {
+                    i.set_op_kind(n as u32, OpKind::Memory);
+                    i.set_memory_base(Register::RBX);
+                    if name.contains("vsib") {
+                        i.set_memory_index(if name.ends_with('y') { Register::YMM6 } else { Register::XMM6 });
+                    }
+                }
+            }
+            let lowered = recipe::recipe(&i).is_some_and(|r| r.special.is_some() || emit::emit(&i, &r).is_some());
+            if !lowered {
+                missing.push(code);
+            }
+        }
+        assert!(missing.is_empty(), "no thunk for {missing:?}");
+        // The test itself looks at what it means to.
+        let i = Decoder::new(64, &[0x0f, 0x58, 0xc1], DecoderOptions::NONE).decode();
+        assert!(recipe::recipe(&i).is_some());
+    }
+}

@@ -498,9 +498,13 @@ impl Draft<'_> {
                     let to = self.code_target();
                     self.patch(target, &to.to_le_bytes());
                 }
+                // The x87 pointers (see `compare`), and MXCSR_MASK, which is the processor's own.
+                let at = |offset: u32| (target.wrapping_sub(DATA) as u32).wrapping_add(offset);
                 if matches!(m, Mnemonic::Fxsave | Mnemonic::Fxsave64) || format!("{m:?}").starts_with("Xsave") {
-                    // MXCSR_MASK is the processor's own.
-                    self.case.ignore = [(target.wrapping_sub(DATA) as u32).wrapping_add(28), 4];
+                    self.case.ignore = [(at(6), 2), (at(8), 16), (at(28), 4)];
+                } else if matches!(m, Mnemonic::Fnstenv | Mnemonic::Fnsave) {
+                    let wide = matches!(code, Code::Fnstenv_m28byte | Code::Fnsave_m108byte);
+                    self.case.ignore[0] = if wide { (at(12), 14) } else { (at(6), 8) };
                 }
                 self.memory(&mut i, n, target, None);
                 continue;

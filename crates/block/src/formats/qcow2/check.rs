@@ -5,7 +5,7 @@
 
 use super::{
     COMPRESSED, COPIED, Meta, OFFSET, Qcow2, ZERO, header,
-    refcount::{Refcounts, max_count, set_count},
+    refcount::{Refcounts, get_count, max_count, set_count},
     snapshot::encode_table,
 };
 use crate::{
@@ -117,6 +117,7 @@ impl Checker<'_> {
     fn count_l2(&mut self, meta: &mut Meta, table: u64, active: bool, fix_flags: bool) -> Result<()> {
         let geo = self.image.geo;
         let step = geo.l2_entry_size as usize;
+        self.next_contiguous = 0;
         let mut bytes = std::mem::take(&mut self.table);
         bytes.resize(1 << self.bits, 0);
         self.image.main().read_at(&mut bytes, table)?;
@@ -261,7 +262,29 @@ impl Checker<'_> {
     fn compare(&mut self, meta: &mut Meta, repair: Repair) -> Result<()> {
         let max = max_count(meta.header.refcount_order);
         let mut end = 0;
-        for cluster in 0..self.counts.len() {
+        let order = meta.header.refcount_order;
+        let mut cluster = 0;
+        while cluster < self.counts.len() {
+            // Where a run agrees, as nearly everywhere, one look at the block serves all of it.
+            if let Ok(Some((bytes, index))) = self.image.refcounts(meta)?.counts_from(cluster) {
+                let run = ((bytes.len() as u64 * 8) >> order) - index;
+                let run = run.min(self.counts.len() - cluster);
+                let same = (0..run)
+                    .take_while(|i| {
+                        let small = self.counts.small[(cluster + i) as usize];
+                        small != u8::MAX && u64::from(small) == get_count(bytes, order, index + i)
+                    })
+                    .count() as u64;
+                if let Some(last) = (cluster..cluster + same).rev().find(|&c| self.counts.small[c as usize] > 0) {
+                    end = last + 1;
+                }
+                cluster += same;
+                if same == run {
+                    continue;
+                }
+            }
+            let next = cluster + 1;
+            let cluster = std::mem::replace(&mut cluster, next);
             let wanted = self.counts.get(cluster);
             let refcount = match self.image.refcounts(meta)?.get(cluster) {
                 Ok(n) => n,

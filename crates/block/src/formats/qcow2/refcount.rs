@@ -9,7 +9,7 @@ use crate::{
     Error, Result,
     storage::{Storage, StorageExt},
 };
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 /// A refcount block in memory, as stored.
 #[derive(Debug)]
@@ -27,7 +27,11 @@ pub(super) struct Refcounts {
     /// Offsets of blocks, 0 where there is none.
     table: Vec<u64>,
     table_offset: u64,
-    blocks: HashMap<u64, Block>,
+    /// Blocks in memory, by their index in the table (as far as any was needed).
+    blocks: Vec<Option<Box<Block>>>,
+    /// How many of them there are, and which are to be written.
+    loaded: usize,
+    dirty: Vec<u64>,
     /// Table entries to be written.
     table_dirty: Vec<u64>,
     /// The table moved: the header must say so, and then the old place is free.
@@ -100,7 +104,9 @@ impl Refcounts {
             order,
             table,
             table_offset,
-            blocks: HashMap::new(),
+            blocks: Vec::new(),
+            loaded: 0,
+            dirty: Vec::new(),
             table_dirty: Vec::new(),
             moved: None,
             free_from: 0,
@@ -153,12 +159,30 @@ impl Refcounts {
                 "Refblock offset {offset:#x} unaligned (reftable index: {index:#x}); run a check with repair"
             )));
         }
-        if !self.blocks.contains_key(&index) {
+        let slot = index as usize;
+        if self.blocks.get(slot).is_none_or(Option::is_none) {
             let mut bytes = vec![0; self.cluster_size() as usize];
             self.storage.read_at(&mut bytes, offset)?;
-            self.blocks.insert(index, Block { bytes, dirty: false });
+            self.put_block(slot, Block { bytes, dirty: false });
         }
-        Ok(self.blocks.get_mut(&index))
+        Ok(self.blocks[slot].as_deref_mut())
+    }
+
+    fn put_block(&mut self, slot: usize, block: Block) {
+        if self.blocks.len() <= slot {
+            self.blocks.resize_with(slot + 1, || None);
+        }
+        if block.dirty {
+            self.dirty.push(slot as u64);
+        }
+        self.loaded += usize::from(self.blocks[slot].is_none());
+        self.blocks[slot] = Some(Box::new(block));
+    }
+
+    /// The part of a block in memory that counts `first ..`, for comparing many at once: bytes, and the index of `first`.
+    pub(super) fn counts_from(&mut self, first: u64) -> Result<Option<(&[u8], u64)>> {
+        let per_block = self.per_block();
+        Ok(self.block(first / per_block)?.map(|b| (&b.bytes[..], first % per_block)))
     }
 
     /// The count of a cluster; 0 where nothing is recorded.
@@ -180,7 +204,9 @@ impl Refcounts {
         match self.block(index)? {
             Some(block) => {
                 set_count(&mut block.bytes, order, cluster % per_block, count);
-                block.dirty = true;
+                if !std::mem::replace(&mut block.dirty, true) {
+                    self.dirty.push(index);
+                }
             }
             None => return Err(Error::Corrupt("a refcount block vanished".into())),
         }
@@ -355,7 +381,8 @@ impl Refcounts {
             // The new block's own cluster must be counted, too.
             return self.add_block(home, Some(cluster)).and_then(|()| self.add_block(index, None));
         }
-        self.blocks.insert(index, Block { bytes: vec![0; self.cluster_size() as usize], dirty: true });
+        let bytes = vec![0; self.cluster_size() as usize];
+        self.put_block(slot, Block { bytes, dirty: true });
         self.table[slot] = cluster << self.cluster_bits;
         self.table_dirty.push(index);
         self.end = self.end.max(cluster + 1);
@@ -391,7 +418,8 @@ impl Refcounts {
         for block in start / per_block..=(start + table_clusters + blocks - 1) / per_block {
             if self.table[block as usize] == 0 {
                 self.table[block as usize] = cluster << self.cluster_bits;
-                self.blocks.insert(block, Block { bytes: vec![0; self.cluster_size() as usize], dirty: true });
+                let bytes = vec![0; self.cluster_size() as usize];
+                self.put_block(block as usize, Block { bytes, dirty: true });
                 cluster += 1;
             }
         }
@@ -412,7 +440,7 @@ impl Refcounts {
 
     /// Whether anything waits to be written.
     pub(super) fn is_dirty(&self) -> bool {
-        !self.table_dirty.is_empty() || self.blocks.values().any(|b| b.dirty)
+        !self.table_dirty.is_empty() || !self.dirty.is_empty()
     }
 
     /// Whether table entries wait to be written.
@@ -422,21 +450,23 @@ impl Refcounts {
 
     /// Writes the changed blocks.
     pub(super) fn write_blocks(&mut self) -> Result<bool> {
-        let mut dirty: Vec<u64> = self.blocks.iter().filter(|(_, b)| b.dirty).map(|(i, _)| *i).collect();
-        dirty.sort_unstable();
-        for index in &dirty {
-            let offset = self.table[*index as usize];
-            if let Some(block) = self.blocks.get_mut(index) {
+        self.dirty.sort_unstable();
+        let wrote = !self.dirty.is_empty();
+        while let Some(&index) = self.dirty.last() {
+            let offset = self.table[index as usize];
+            if let Some(block) = self.blocks.get_mut(index as usize).and_then(Option::as_deref_mut) {
                 self.storage.write_at(&block.bytes, offset)?;
                 block.dirty = false;
             }
+            self.dirty.pop();
         }
         // Blocks cost a cluster of memory each; what is clean can be read again.
         const KEEP: usize = 16 << 20;
-        if self.blocks.len() > (KEEP >> self.cluster_bits).max(8) {
+        if self.loaded > (KEEP >> self.cluster_bits).max(8) {
             self.blocks.clear();
+            self.loaded = 0;
         }
-        Ok(!dirty.is_empty())
+        Ok(wrote)
     }
 
     /// Writes the changed table entries (all of the table, if it moved).

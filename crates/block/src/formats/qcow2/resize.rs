@@ -92,7 +92,7 @@ impl Qcow2 {
                 at = next;
                 continue;
             }
-            if at % span == 0 {
+            if at.is_multiple_of(span) {
                 // The whole table goes.
                 for entry in self.read_l2(table)?.into_iter().step_by(step) {
                     self.release_entry(meta, entry)?;

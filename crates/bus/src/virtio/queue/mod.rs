@@ -135,7 +135,10 @@ impl Queue {
         self.broken = true;
     }
 
-    fn guard<T>(&mut self, f: impl FnOnce(&mut Ring, &GuestMemory) -> Result<T, QueueError>) -> Result<T, QueueError> {
+    fn guard<T>(
+        &mut self,
+        f: impl FnOnce(&mut Ring, &GuestMemory) -> Result<T, QueueError>,
+    ) -> Result<T, QueueError> {
         if self.broken {
             return Err(QueueError::Broken);
         }
@@ -153,6 +156,14 @@ impl Queue {
             Ring::Split(r) => r.pop(mem, chain),
             Ring::Packed(r) => r.pop(mem, chain),
         })
+    }
+
+    /// [`Self::pop`]; if there is none, asks the driver to notify about the next.
+    ///
+    /// # Errors
+    /// As for [`Self::pop`].
+    pub fn pop_or_listen(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        Ok(self.pop(chain)? || self.enable_notifications()? && self.pop(chain)?)
     }
 
     /// Puts the chain last popped back as if it had not been taken.

@@ -1,6 +1,8 @@
 //! Packed virtqueues (virtio 1.2, 2.8).
 
-use super::{Descriptor, INDIRECT, LONGEST_CHAIN, NEXT, QueueConfig, QueueError, QueuePosition, WRITE, passes};
+use super::{
+    Descriptor, INDIRECT, LONGEST_CHAIN, NEXT, QueueConfig, QueueError, QueuePosition, WRITE, passes,
+};
 use crate::virtio::{Chain, feature};
 use memory::GuestMemory;
 use std::sync::atomic::{Ordering, fence};

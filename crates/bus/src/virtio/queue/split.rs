@@ -1,6 +1,8 @@
 //! Split virtqueues (virtio 1.2, 2.7).
 
-use super::{Descriptor, INDIRECT, LONGEST_CHAIN, NEXT, QueueConfig, QueueError, QueuePosition, WRITE, passes};
+use super::{
+    Descriptor, INDIRECT, LONGEST_CHAIN, NEXT, QueueConfig, QueueError, QueuePosition, WRITE, passes,
+};
 use crate::virtio::{Chain, feature};
 use memory::GuestMemory;
 use std::sync::atomic::{Ordering, fence};
@@ -128,7 +130,8 @@ impl Split {
             if u32::from(index) >= entries {
                 return Err(QueueError::Index(index));
             }
-            let at = table.addr.checked_add(u64::from(index) * Descriptor::LEN).ok_or(QueueError::Indirect)?;
+            let at =
+                table.addr.checked_add(u64::from(index) * Descriptor::LEN).ok_or(QueueError::Indirect)?;
             let d = Descriptor::read(mem, at)?;
             if d.a & INDIRECT != 0 {
                 return Err(QueueError::Indirect);

@@ -66,7 +66,12 @@ impl Guest {
     }
 
     /// [`Self::new`] on memory that another guest had before (migration).
-    pub fn with_memory(device: Box<dyn VirtioDevice>, transport: Transport, bells: bool, mem: GuestMemory) -> Self {
+    pub fn with_memory(
+        device: Box<dyn VirtioDevice>,
+        transport: Transport,
+        bells: bool,
+        mem: GuestMemory,
+    ) -> Self {
         let notes = Arc::new(Notes::default());
         let irqs: Arc<dyn Irqs> = notes.clone();
         let bells = bells.then(|| Arc::new(Bells::default()));
@@ -83,7 +88,7 @@ impl Guest {
             bus.map(Space::Memory, MMIO_BASE, VirtioMmio::LEN, "virtio", &mmio, RegionId(0)).expect("free");
             Wrapped::Mmio(mmio)
         } else {
-            let pci = PciBus::root(&bus, vec![IrqPin::new(irqs, LINE)]);
+            let pci = PciBus::root(bus.clone(), vec![IrqPin::new(irqs, LINE)]);
             let function = shared(VirtioPci::new(device, &platform));
             pci.add(1, 0, &function).expect("free");
             pci.assign_resources(&mut windows()).expect("room");
@@ -175,11 +180,7 @@ impl Guest {
 
     /// The status register.
     pub fn status(&self) -> u8 {
-        if self.mmio() {
-            self.read::<4>(MMIO_BASE + 0x70)[0]
-        } else {
-            self.read::<1>(self.common + 20)[0]
-        }
+        if self.mmio() { self.read::<4>(MMIO_BASE + 0x70)[0] } else { self.read::<1>(self.common + 20)[0] }
     }
 
     /// Writes the status register.
@@ -213,8 +214,11 @@ impl Guest {
     /// The features that the device offers.
     pub fn offered(&self) -> u64 {
         let half = |n: u32| {
-            let (select, value) =
-                if self.mmio() { (MMIO_BASE + 0x14, MMIO_BASE + 0x10) } else { (self.common, self.common + 4) };
+            let (select, value) = if self.mmio() {
+                (MMIO_BASE + 0x14, MMIO_BASE + 0x10)
+            } else {
+                (self.common, self.common + 4)
+            };
             self.write(select, &n.to_le_bytes());
             u64::from(u32::from_le_bytes(self.read(value)))
         };
@@ -235,8 +239,11 @@ impl Guest {
     /// Writes the driver's features and FEATURES_OK.
     pub fn accept(&self, features: u64) {
         for n in 0..2u32 {
-            let (select, value) =
-                if self.mmio() { (MMIO_BASE + 0x24, MMIO_BASE + 0x20) } else { (self.common + 8, self.common + 12) };
+            let (select, value) = if self.mmio() {
+                (MMIO_BASE + 0x24, MMIO_BASE + 0x20)
+            } else {
+                (self.common + 8, self.common + 12)
+            };
             self.write(select, &n.to_le_bytes());
             self.write(value, &((features >> (32 * n)) as u32).to_le_bytes());
         }

@@ -84,9 +84,14 @@ impl Irqs for Notes {
 /// Doorbells that a test rings by hand.
 #[derive(Default)]
 pub struct Bells {
-    attached: Mutex<Vec<(IoAddress, u32, Option<u64>, EventFd)>>,
-    routes: Arc<Mutex<Vec<Option<(u64, u32)>>>>,
+    attached: Mutex<Vec<Bell>>,
+    routes: Arc<Mutex<Routes>>,
 }
+
+/// Place, access length, value, and the eventfd that is signalled.
+type Bell = (IoAddress, u32, Option<u64>, EventFd);
+/// The messages that interrupt eventfds are routed to.
+pub type Routes = Vec<Option<(u64, u32)>>;
 
 impl Bells {
     /// A guest write; returns whether some doorbell took it.
@@ -109,7 +114,7 @@ impl Bells {
     }
 
     /// The routes of the interrupt eventfds, in the order of their creation.
-    pub fn routes(&self) -> Vec<Option<(u64, u32)>> {
+    pub fn routes(&self) -> Routes {
         self.routes.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 }
@@ -141,7 +146,7 @@ impl Doorbells for Bells {
 
 struct NotedRoute {
     index: usize,
-    routes: Arc<Mutex<Vec<Option<(u64, u32)>>>>,
+    routes: Arc<Mutex<Routes>>,
 }
 
 impl IrqFd for NotedRoute {

@@ -70,10 +70,8 @@ impl DriverRing {
 
     /// Makes buffers available as one chain; returns its ID, or `None` if the ring is full.
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
-        let entries: Vec<_> = buffers
-            .iter()
-            .map(|(addr, len, write)| (*addr, *len, if *write { WRITE } else { 0 }))
-            .collect();
+        let entries: Vec<_> =
+            buffers.iter().map(|(addr, len, write)| (*addr, *len, if *write { WRITE } else { 0 })).collect();
         self.add_entries(&entries)
     }
 

@@ -257,7 +257,8 @@ enum Access {
 
 fn accesses() -> impl Strategy<Value = Vec<Access>> {
     let len = prop::sample::select(vec![1usize, 2, 4, 8]);
-    let data = len.clone().prop_flat_map(|n| prop::collection::vec(prop_oneof![Just(0u8), 0u8..16, any::<u8>()], n));
+    let data =
+        len.clone().prop_flat_map(|n| prop::collection::vec(prop_oneof![Just(0u8), 0u8..16, any::<u8>()], n));
     let offset = prop_oneof![4 => 0u64..0x100, 1 => 0u64..0x4000, 1 => 0x2ff0u64..0x3100];
     let region = prop::sample::select(vec![0u32, 1, 4]);
     let one = prop_oneof![

@@ -13,8 +13,8 @@ mod worker;
 
 use super::{RingSpec, VirtioDevice, read_structure};
 use crate::model::{CreateError, Kind, Model, Parts};
-use base::{EventFd, RateLimit};
 use base::props::{Bag, Properties};
+use base::{EventFd, RateLimit};
 use block::Image;
 use bus::virtio::{Activation, Interrupt, SharedQueue, device_id};
 use bus::{State, StateError};
@@ -203,9 +203,11 @@ fn check(spec: &Spec) -> Result<(), CreateError> {
         return bad("physical_block_size= must not be below logical_block_size=".into());
     }
     let granularity = spec.discard_granularity.unwrap_or(block);
-    for (name, size) in
-        [("min_io_size", spec.min_io_size), ("opt_io_size", spec.opt_io_size), ("discard_granularity", granularity)]
-    {
+    for (name, size) in [
+        ("min_io_size", spec.min_io_size),
+        ("opt_io_size", spec.opt_io_size),
+        ("discard_granularity", granularity),
+    ] {
         if !size.is_multiple_of(block) {
             return bad(format!("{name}={size} must be a multiple of the logical block size, {block}"));
         }

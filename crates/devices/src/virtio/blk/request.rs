@@ -97,7 +97,8 @@ impl Request {
         match self.operation {
             Operation::Read | Operation::Write => {
                 let end = sector.checked_add(self.len / SECTOR);
-                let fits = self.len.is_multiple_of(disk.block_size.into()) && end.is_some_and(|e| e <= disk.sectors());
+                let fits = self.len.is_multiple_of(disk.block_size.into())
+                    && end.is_some_and(|e| e <= disk.sectors());
                 if fits {
                     self.offset = sector * SECTOR;
                 } else {
@@ -174,13 +175,19 @@ impl Request {
             let written = self.pieces.write_all(direct.fd, at, done, durable);
             return Ok(match written {
                 Ok(n) if n == self.len => OK,
-                Ok(_) => report(disk, "write", Err(block::Error::io("short write", std::io::ErrorKind::WriteZero))),
+                Ok(_) => {
+                    report(disk, "write", Err(block::Error::io("short write", std::io::ErrorKind::WriteZero)))
+                }
                 Err(e) => report(disk, "write", Err(block::Error::io("write", e))),
             });
         }
         match self.pieces.read_all(direct.fd, at, done) {
             Ok(n) => self.finish_read(memory, n).map(|()| OK),
-            Err(e) => Ok(report(disk, "read", Err(block::Error::io("read", e)))),
+            Err(e) => {
+                // How much came before the error is not known.
+                mark_written(&mut self.chain.writer(memory), self.len)?;
+                Ok(report(disk, "read", Err(block::Error::io("read", e))))
+            }
         }
     }
 

@@ -84,7 +84,10 @@ fn reads_and_writes_on_every_transport_and_engine() {
                 assert_eq!(request(&mut guest, 1, 1, 10, &from), (0, 1));
                 assert_eq!(request(&mut guest, 0, 4, 0, &[]), (0, 1), "flush");
                 let now = std::fs::read(file.path()).unwrap();
-                assert_eq!((now[10 * 512 - 1], now[10 * 512], now[12 * 512 - 1], now[12 * 512]), (9, 0xa5, 0xa5, 12));
+                assert_eq!(
+                    (now[10 * 512 - 1], now[10 * 512], now[12 * 512 - 1], now[12 * 512]),
+                    (9, 0xa5, 0xa5, 12)
+                );
                 assert_eq!(guest.status() & status::NEEDS_RESET, 0);
             }
         }
@@ -169,7 +172,9 @@ fn requests_outside_the_disk_fail() {
 
 #[test]
 fn malformed_requests_stop_the_device() {
-    for buffers in [vec![(HEADER, 15, false), (STATUS, 1, true)], vec![(HEADER, 16, false)], vec![(STATUS, 1, true)]] {
+    for buffers in
+        [vec![(HEADER, 15, false), (STATUS, 1, true)], vec![(HEADER, 16, false)], vec![(STATUS, 1, true)]]
+    {
         let file = disk_file(8);
         let mut guest = Guest::new(device(open(&file, false), Engine::Auto), Transport::Pci, true);
         guest.bring_up(0, 2);
@@ -201,11 +206,8 @@ fn read_only_disks_refuse_writes() {
 #[test]
 fn images_that_are_more_than_a_file() {
     let file = disk_file(2048);
-    let options = OpenOptions {
-        format: Some("raw".into()),
-        detect_zeroes: DetectZeroes::On,
-        ..OpenOptions::default()
-    };
+    let options =
+        OpenOptions { format: Some("raw".into()), detect_zeroes: DetectZeroes::On, ..OpenOptions::default() };
     let image = Arc::new(Image::open(file.path().to_str().unwrap(), &options).unwrap());
     assert!(image.direct().is_none());
     let mut guest = Guest::new(device(image, Engine::Auto), Transport::Pci, true);
@@ -328,6 +330,44 @@ fn pausing_again_and_again_loses_nothing() {
         }
         guest.device().reset();
         guest.device().reset();
+    }
+}
+
+/// Not a test but a measurement: `cargo test --release -p devices throughput -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn throughput() {
+    for directory in ["/dev/shm", "/var/tmp"] {
+        for engine in ENGINES {
+            for depth in [1u64, 4] {
+                let file = tempfile::Builder::new().tempfile_in(directory).unwrap();
+                file.as_file().set_len(1 << 20).unwrap();
+                std::fs::write(file.path(), vec![7; 1 << 20]).unwrap();
+                let mut guest = Guest::new(device(open(&file, false), engine), Transport::Pci, true);
+                guest.bring_up(ALL & !ring::RING_PACKED, 2);
+                let (start, mut done, mut sent) = (std::time::Instant::now(), 0u64, 0u64);
+                while done < 20_000 {
+                    while sent - done < depth {
+                        let at = HEADER + 0x40 * (sent % depth);
+                        header(&guest, at, 0, sent * 8 % 2048);
+                        let data = DATA + 0x1000 * (sent % depth);
+                        guest
+                            .submit(0, &[(at, 16, false), (data, 4096, true), (at + 0x20, 1, true)])
+                            .unwrap();
+                        sent += 1;
+                    }
+                    while guest.rings[0].poll().is_none() {
+                        std::thread::yield_now();
+                    }
+                    done += 1;
+                }
+                let time = start.elapsed() / 20_000;
+                let messages = guest.notes.take_messages().len();
+                println!(
+                    "{directory} {engine:?} depth {depth}: {time:?} a request, {messages} interrupts for {done}"
+                );
+            }
+        }
     }
 }
 

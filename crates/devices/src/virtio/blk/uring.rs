@@ -55,13 +55,16 @@ impl Uring {
 
     /// Posts an event for each signal from now on. The counter itself is never read: the poll sees each addition.
     fn watch(&mut self) -> io::Result<()> {
-        let entry = opcode::PollAdd::new(types::Fd(self.kick), libc::POLLIN as u32).multi(true).build().user_data(KICK);
+        let entry = opcode::PollAdd::new(types::Fd(self.kick), libc::POLLIN as u32)
+            .multi(true)
+            .build()
+            .user_data(KICK);
         self.push(entry)
     }
 
     fn push(&mut self, entry: squeue::Entry) -> io::Result<()> {
         // SAFETY: reads and writes go to guest memory, which the worker's GuestMemory keeps mapped until it has
-        // reaped all completions; their iovecs lie in the request's slot, which is not touched until then.
+        // reaped all completions; their iovecs are on the heap of the request's `Pieces`, untouched until then.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.ring.submit()?;
         }
@@ -69,7 +72,13 @@ impl Uring {
     }
 
     /// Queues a read or write for submission. The request must stay as it is until its event.
-    pub(super) fn transfer(&mut self, slot: usize, pieces: &Pieces, offset: u64, write: Option<bool>) -> io::Result<()> {
+    pub(super) fn transfer(
+        &mut self,
+        slot: usize,
+        pieces: &Pieces,
+        offset: u64,
+        write: Option<bool>,
+    ) -> io::Result<()> {
         let file = types::Fixed(0);
         let iov = pieces.as_slice();
         let flags = if write == Some(true) { libc::RWF_DSYNC } else { 0 };
@@ -85,7 +94,9 @@ impl Uring {
                     .rw_flags(flags)
                     .build()
             }
-            (_, None) => opcode::Readv::new(file, iov.as_ptr(), iov.len().min(MOST) as u32).offset(offset).build(),
+            (_, None) => {
+                opcode::Readv::new(file, iov.as_ptr(), iov.len().min(MOST) as u32).offset(offset).build()
+            }
             (_, Some(_)) => opcode::Writev::new(file, iov.as_ptr(), iov.len().min(MOST) as u32)
                 .offset(offset)
                 .rw_flags(flags)

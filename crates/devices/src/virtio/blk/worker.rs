@@ -111,7 +111,8 @@ impl Engine {
     fn asynchronous(self, fd: BorrowedFd<'_>) -> bool {
         /// File systems that live in memory (statfs(2)).
         const IN_MEMORY: [u64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
-        let in_memory = rustix::fs::fstatfs(fd).is_ok_and(|s| IN_MEMORY.contains(&(s.f_type as u64 & 0xffff_ffff)));
+        let in_memory =
+            rustix::fs::fstatfs(fd).is_ok_and(|s| IN_MEMORY.contains(&(s.f_type as u64 & 0xffff_ffff)));
         match self {
             #[cfg(test)]
             Engine::Uring => true,
@@ -131,7 +132,7 @@ struct Lanes<'a> {
     setup: &'a Setup,
     asynchronous: bool,
     /// Requests, reused; grown as they are needed.
-    slots: Vec<Box<Request>>,
+    slots: Vec<Request>,
     free: Vec<usize>,
     bounce: Vec<u8>,
     stop: &'a AtomicBool,
@@ -149,7 +150,7 @@ impl Lanes<'_> {
         if self.slots.len() >= DEPTH as usize {
             return None;
         }
-        self.slots.push(Box::new(Request::new()));
+        self.slots.push(Request::new());
         Some(self.slots.len() - 1)
     }
 
@@ -259,7 +260,8 @@ impl Lanes<'_> {
             // What the descriptor cannot take as it is goes through the image, which aligns it.
             request.find_pieces(memory)?;
             let alignment = d.alignment as usize;
-            let fits = request.pieces.aligned(alignment) && (d.base + request.offset).is_multiple_of(alignment as u64);
+            let fits = request.pieces.aligned(alignment)
+                && (d.base + request.offset).is_multiple_of(alignment as u64);
             direct = direct.filter(|_| fits);
         }
         let status = request.perform(memory, self.disk, direct, &mut self.bounce)?;
@@ -280,7 +282,9 @@ impl Lanes<'_> {
                 }
             }
             // Short, or not possible without waiting: the rest is done here.
-            (n, Some(direct)) if n >= 0 => request.move_direct(memory, self.disk, direct, n.unsigned_abs().into()),
+            (n, Some(direct)) if n >= 0 => {
+                request.move_direct(memory, self.disk, direct, n.unsigned_abs().into())
+            }
             (n, Some(direct)) if matches!(-n, libc::EAGAIN | libc::EINTR) => {
                 request.move_direct(memory, self.disk, direct, 0)
             }
