@@ -12,16 +12,16 @@ CARGO ?= cargo
 MEMORY ?= 512M
 CPUS ?= 1
 
-.PHONY: help setup setup-test build guest run fmt check test unit lab bench doc
+.PHONY: help setup setup-run build guest run fmt check unit lab test test-fast bench doc
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
 
-setup: ## install the Debian packages that building and running need (as root; else say which)
-	@lab/setup $(BUILD_PACKAGES) $(RUN_PACKAGES)
-
-setup-test: ## the same for testing
+setup: ## install the Debian packages for building, running and testing (as root; otherwise say which)
 	@lab/setup $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+setup-run: ## the same without what only the tests need
+	@lab/setup $(BUILD_PACKAGES) $(RUN_PACKAGES)
 
 build: ## build the kvasir program
 	$(CARGO) build --release --package kvasir
@@ -29,10 +29,10 @@ build: ## build the kvasir program
 guest: ## prepare the test guest in the cache directory
 	@$(CARGO) xtask guest
 
-run: setup build ## boot a small guest and leave you at its shell; Ctrl-A x ends it
+run: setup-run build ## boot a small guest and leave you at its shell; Ctrl-A x ends it
 	@guest=$$($(CARGO) xtask guest) && $(CARGO) run --quiet --release --package kvasir -- run \
 		--kernel "$$guest/vmlinux" --initrd "$$guest/initramfs.cpio" --append "console=ttyS0 quiet" \
-		--memory $(MEMORY) --cpus $(CPUS) --no-reboot
+		--memory $(MEMORY) --cpus $(CPUS)
 
 fmt: ## format the sources
 	$(CARGO) fmt --all
@@ -41,18 +41,21 @@ check: ## formatting and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --release -- -D warnings
 
-unit: guest ## all tests but the lab's
+test-fast: check ## formatting, lints and the tests that need no guest
+	$(CARGO) test --workspace --release
+
+unit: guest ## all tests but the lab's: those on the software CPU boot the guest
 	$(CARGO) test --workspace --release -- --include-ignored
 
 lab: ## scenarios on real KVM, in an emulated host where this one has none
 	$(CARGO) xtask lab
 
-test: setup-test ## everything continuous integration runs
+test: setup ## everything continuous integration runs
 	$(MAKE) check
 	$(MAKE) unit
 	$(MAKE) lab
 
-bench: setup-test ## measure booting, beside QEMU
+bench: setup ## measure booting, beside QEMU
 	$(CARGO) xtask bench boot
 	$(CARGO) xtask lab bench-boot
 

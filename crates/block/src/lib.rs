@@ -20,6 +20,11 @@
 //!   threads call [`Image::read_at`] and [`Image::write_at`] at once. Where an image is flat ([`Image::direct`]), a device
 //!   may do its I/O itself on the descriptor (io_uring), and need not come here for data at all.
 //!
+//! Around these: [`nbd`] serves images and uses served ones; [`jobs`] mirror, back up, stream and commit images in use, seeing the
+//! guest's writes through [`Image::watch`]; [`Throttle`] limits images one by one or in groups.
+//!
+//! Lock order: an image's gate (changes in progress), its range locks, then whatever the format locks.
+//!
 //! # Adding a format
 //!
 //! One file (or folder) in `formats/` with `pub static DRIVER: Driver`, and its name in the `formats!` line of

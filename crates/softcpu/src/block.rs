@@ -269,6 +269,11 @@ impl Cache {
         self.jumps[jump_slot(ip)] = Jump { ip, key, block };
     }
 
+    /// Forgets what is remembered for an entry point.
+    fn forget_jump(&mut self, ip: u64) {
+        self.jumps[jump_slot(ip)] = NO_JUMP;
+    }
+
     /// Forgets the entry points in a linear page, and in the one before (an instruction may reach over).
     pub fn drop_jumps(&mut self, lin: u64) {
         if let Some(t) = &mut self.translator {
@@ -292,6 +297,8 @@ fn stale(cpu: &mut Cpu, op: OpPtr) -> Next {
     cpu.rip = cpu.ip_at(op.off);
     cpu.unretire(op);
     cpu.link = std::ptr::null();
+    // It may be what led here.
+    cpu.code.forget_jump(cpu.rip);
     Next::LOOKUP
 }
 

@@ -122,6 +122,7 @@ impl Cpu {
     /// Block at RIP for branches that continue without going through the run loop's own look-up.
     #[inline(always)]
     pub fn next_block(&mut self) -> Next {
+        self.link = std::ptr::null();
         if self.mode.intersects(Mode::LIMITED.union(Mode::STEP)) {
             return Next::LOOKUP;
         }

@@ -220,6 +220,20 @@ pub struct Stats {
     pub code_writes: u64,
     pub msrs: u64,
     pub cpuids: u64,
+    pub native_blocks: u64,
+    pub native_instructions: u64,
+    pub native_bytes: u64,
+    pub native_flushes: u64,
+    pub native_dropped: u64,
+    pub native_unlinked: u64,
+    pub native_entries: u64,
+    pub native_exit_link: u64,
+    pub native_exit_lookup: u64,
+    pub native_exit_at: u64,
+    pub native_exit_poll: u64,
+    pub native_exit_slow: u64,
+    pub native_refills: u64,
+    pub native_interpreted: u64,
 }
 
 /// A vCPU. Fields that translated code uses come first; the layout is C's, and offsets are taken with `offset_of!`.

@@ -149,6 +149,9 @@ fn from_segment(s: &Segment) -> Seg {
 impl Cpu {
     /// Copies the counters to where other threads see them.
     pub(crate) fn publish_stats(&mut self) {
+        if let Some(t) = &self.code.translator {
+            t.counters.publish(&mut self.stats);
+        }
         *self.me.stats.lock().unwrap_or_else(|e| e.into_inner()) = (self.retired, self.stats);
     }
 

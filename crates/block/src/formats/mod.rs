@@ -27,6 +27,9 @@ formats! {
     parallels,
     qcow,
     luks,
+    bochs,
+    cloop,
+    dmg,
     raw,
 }
 

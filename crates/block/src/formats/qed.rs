@@ -501,7 +501,7 @@ mod tests {
             Header { header: u32::MAX.into(), ..valid() },
             Header { features: 8, ..valid() },
             Header { l1: 0, ..valid() },
-            Header { l1: u64::MAX & !65535, ..valid() },
+            Header { l1: !65535, ..valid() },
             Header { size: 511, ..valid() },
             Header { size: 1 << 63, ..valid() },
             Header { name: (u32::MAX, u32::MAX), ..valid() },

@@ -232,6 +232,7 @@ fn open_on(
     let mut format_options = options.options.clone();
     let backing_options = format_options.take_prefixed("backing.");
     let named_backing = format_options.take("backing");
+    let limits = crate::Limits::take(&mut format_options)?;
     let neighbours = Neighbours {
         base: name,
         options: StorageOptions {
@@ -270,6 +271,9 @@ fn open_on(
         watch: super::watch::Watch::default(),
         format,
     };
+    if !limits.is_unlimited() {
+        image.set_throttle(Some(Arc::new(crate::Throttle::new(limits))));
+    }
     if !options.no_backing && named_backing.as_deref() != Some("") {
         let stored = image.info()?.backing;
         let (name, format, rest) = match (backing_options.is_empty(), stored) {

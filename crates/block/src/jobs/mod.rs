@@ -219,8 +219,8 @@ mod tests {
         set.add(15, 10);
         set.add(9995, 100);
         assert_eq!(set.bytes(), 30);
-        assert_eq!(set.take(25), Some((9990, 10)));
-        assert_eq!(set.take(25), Some((10, 10)));
+        assert_eq!(set.take(30), Some((9990, 10)));
+        assert_eq!(set.take(30), Some((10, 10)));
         assert!(set.take_at(2) && !set.take_at(2));
         assert_eq!(set.take(0), None);
         set.add(0, 10);

@@ -61,7 +61,8 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
                 convert::view_snapshot(&image, which)?;
             }
             map::for_each(&image, 0, image.size(), |e| {
-                if !e.zero && !(backing && e.depth > 0) {
+                let below = backing && e.depth > 0;
+                if !e.zero && !below {
                     data.push((e.start, e.length));
                 }
                 Ok(())

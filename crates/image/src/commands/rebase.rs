@@ -85,7 +85,7 @@ fn keep_contents(
                         continue;
                     }
                     let offset = here + i as u64 * unit;
-                    let packed = if compress && offset % unit == 0 { image.compress(p)? } else { None };
+                    let packed = if compress && offset.is_multiple_of(unit) { image.compress(p)? } else { None };
                     match packed {
                         Some(data) => image.write_compressed(offset, &data)?,
                         None if block::is_zero(p) => image.write_zeroes(offset, p.len() as u64, false)?,

@@ -13,7 +13,9 @@ pub(super) const BOARD: Board =
     Board { name: "q35", about: "Standard PC (Q35 + ICH9, 2009)", low_ram_end, build };
 
 const ECAM_BASE: u64 = 0xb000_0000;
-const BUSES: u16 = 256;
+/// Buses behind the host bridge: root ports have one each. Linux probes every slot of every bus that the MCFG names (with
+/// two exits a slot under KVM), so there are no more than machines use.
+const BUSES: u16 = 32;
 /// PMBASE as QEMU's firmware sets it.
 const PM_BASE: u16 = 0x600;
 const MMIO32_START: u64 = 0xc000_0000;

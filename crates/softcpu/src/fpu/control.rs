@@ -50,7 +50,8 @@ impl Fpu {
         self.x87().set_env(fcw as u16, fsw as u16, abridge(ftw as u16));
         let (fop, fip, fdp) = match format {
             Format { wide: true, real: false } => (b >> 16, a, c),
-            Format { wide: false, real: false } => (u32::from(self.fop), a, c),
+            // There is no room for the opcode.
+            Format { wide: false, real: false } => (0, a, c),
             Format { wide: true, real: true } => (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16),
             Format { wide: false, real: true } => (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16),
         };
@@ -233,8 +234,10 @@ mod tests {
             (f.fop, f.fip, f.fdp) = (fop, u64::from(fip & limit), u64::from(fdp & limit));
             let mut bytes = [0; 28];
             put(&mut bytes, f.environment(format), wide);
+            if !wide && !real {
+                f.fop = 0;
+            }
             let mut g = Fpu::new();
-            g.fop = fop;
             g.set_environment(get(&bytes, wide), format);
             let mut again = [0; 28];
             put(&mut again, g.environment(format), wide);

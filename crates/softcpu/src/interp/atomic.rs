@@ -70,11 +70,8 @@ fn cmpxchg_r<T: Alu>(cpu: &mut Cpu, op: &Op) -> Res<()> {
     if acc == old {
         cpu.set(op.dst, new);
     } else {
+        // The destination is left alone: its upper half is not cleared either.
         cpu.set(reg::RAX, old);
-        if T::BITS == 32 {
-            // The destination is written back.
-            cpu.set(op.dst, old);
-        }
     }
     Ok(())
 }

@@ -288,7 +288,7 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
         }};
     }
     match i.mnemonic() {
-        Mnemonic::Mov => mov(ctx, i, op),
+        Mnemonic::Mov | Mnemonic::Movnti => mov(ctx, i, op),
         Mnemonic::Movzx => widening!(movzx_rr, movzx_rm),
         Mnemonic::Movsx | Mnemonic::Movsxd => widening!(movsx_rr, movsx_rm),
         Mnemonic::Lea => {
@@ -348,7 +348,10 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
         | Mnemonic::Prefetcht1
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchw
-        | Mnemonic::Prefetchwt1 => hint(i, op),
+        | Mnemonic::Prefetchwt1
+        | Mnemonic::Prefetchit0
+        | Mnemonic::Prefetchit1
+        | Mnemonic::Cldemote => hint(i, op),
         // Guest memory is ordered as the host's; nothing is reordered around an operation.
         Mnemonic::Lfence | Mnemonic::Sfence => hint(i, op),
         Mnemonic::Mfence => simple(op, h!(mfence)),

@@ -93,6 +93,11 @@ fn outs_one<T: Int>(cpu: &mut Cpu, op: &Op) -> Res<(u64, bool)> {
 }
 
 fn string<T: Int, const OUT: bool>(cpu: &mut Cpu, op: OpPtr) -> Next {
+    // The port's permission comes first, even if nothing is to be transferred.
+    let port = cpu.get::<u16>(reg::RDX);
+    if let Err(f) = cpu.check_port(port, size_of::<T>() as u16) {
+        return op.fault(cpu, f);
+    }
     let step = |cpu: &mut Cpu, op: &Op, _| if OUT { outs_one::<T>(cpu, op) } else { ins_one::<T>(cpu, op) };
     if op.imm == rep::NONE {
         let r = step(cpu, &op, 1).map(|_| ());

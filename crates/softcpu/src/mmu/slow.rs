@@ -105,6 +105,17 @@ impl Cpu {
         if self.long_mode() { at } else { at as u32 as u64 }
     }
 
+    /// Linear address at which the second page of an access that crosses pages begins. All of an access must be
+    /// canonical before any of its translation is looked at.
+    fn second_page(&mut self, s: usize, lin: u64) -> Res<u64> {
+        let second = self.further(lin & PAGE_MASK, 4096);
+        if self.long_mode() && !(canonical(lin) && canonical(second)) {
+            let v = if s == seg::SS { vector::SS } else { vector::GP };
+            return Err(self.raise_with(v, 0));
+        }
+        Ok(second)
+    }
+
     #[cold]
     #[inline(never)]
     pub(super) fn read_slow<T: Mem>(&mut self, s: usize, lin: u64) -> Res<T> {
@@ -123,9 +134,12 @@ impl Cpu {
     pub fn read_for_write<T: Mem>(&mut self, s: usize, lin: u64) -> Res<T> {
         let p = self.privilege();
         let len = size_of::<T>();
-        self.target(p, s, lin, Access::Write)?;
         if (lin & !PAGE_MASK) as usize + len > 4096 {
-            self.target(p, s, self.further(lin, len as u64 - 1), Access::Write)?;
+            let second = self.second_page(s, lin)?;
+            self.target(p, s, lin, Access::Write)?;
+            self.target(p, s, second, Access::Write)?;
+        } else {
+            self.target(p, s, lin, Access::Write)?;
         }
         self.read_as(p, s, lin)
     }
@@ -176,13 +190,14 @@ impl Cpu {
     pub fn read_bytes_as(&mut self, p: Privilege, s: usize, lin: u64, buf: &mut [u8]) -> Res<()> {
         self.watch(lin, buf.len(), Access::Read);
         let first = buf.len().min(4096 - (lin & !PAGE_MASK) as usize);
-        let one = self.target(p, s, lin, Access::Read)?;
         let (a, b) = buf.split_at_mut(first);
         if b.is_empty() {
+            let one = self.target(p, s, lin, Access::Read)?;
             self.read_target(one, lin, a);
             return Ok(());
         }
-        let second = self.further(lin, first as u64);
+        let second = self.second_page(s, lin)?;
+        let one = self.target(p, s, lin, Access::Read)?;
         let two = self.target(p, s, second, Access::Read)?;
         self.read_target(one, lin, a);
         self.read_target(two, second, b);
@@ -193,13 +208,14 @@ impl Cpu {
     pub fn write_bytes_as(&mut self, p: Privilege, s: usize, lin: u64, buf: &[u8]) -> Res<()> {
         self.watch(lin, buf.len(), Access::Write);
         let first = buf.len().min(4096 - (lin & !PAGE_MASK) as usize);
-        let one = self.target(p, s, lin, Access::Write)?;
         let (a, b) = buf.split_at(first);
         if b.is_empty() {
+            let one = self.target(p, s, lin, Access::Write)?;
             self.write_target(one, lin, a);
             return Ok(());
         }
-        let second = self.further(lin, first as u64);
+        let second = self.second_page(s, lin)?;
+        let one = self.target(p, s, lin, Access::Write)?;
         let two = self.target(p, s, second, Access::Write)?;
         self.write_target(one, lin, a);
         self.write_target(two, second, b);
@@ -229,12 +245,14 @@ impl Cpu {
     #[inline(never)]
     pub(super) fn host_slow(&mut self, s: usize, lin: u64, len: usize, access: Access) -> Res<Option<*mut u8>> {
         let p = self.privilege();
-        let one = self.target(p, s, lin, access)?;
         let at = (lin & !PAGE_MASK) as usize;
         if at + len > 4096 {
-            self.target(p, s, self.further(lin, len as u64 - 1), access)?;
+            let second = self.second_page(s, lin)?;
+            self.target(p, s, lin, access)?;
+            self.target(p, s, second, access)?;
             return Ok(None);
         }
+        let one = self.target(p, s, lin, access)?;
         if !self.mmu.watched.is_empty() {
             return Ok(None);
         }
@@ -325,9 +343,12 @@ impl Cpu {
 
     /// Makes sure that a write of `len` bytes (at most a page) will not fault.
     pub fn probe_write_as(&mut self, p: Privilege, s: usize, lin: u64, len: usize) -> Res<()> {
-        self.target(p, s, lin, Access::Write)?;
         if (lin & !PAGE_MASK) as usize + len > 4096 {
-            self.target(p, s, self.further(lin, len as u64 - 1), Access::Write)?;
+            let second = self.second_page(s, lin)?;
+            self.target(p, s, lin, Access::Write)?;
+            self.target(p, s, second, Access::Write)?;
+        } else {
+            self.target(p, s, lin, Access::Write)?;
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Stores and loads under a mask, and gathers: the elements that are not selected are not accessed and cannot fault.
+//! Stores and loads under a mask, and gathers. Elements that are not selected are not accessed, and (but for the stores
+//! of bytes) cannot fault.
 
 use super::recipe::Class;
 use super::run::third;
@@ -42,6 +43,7 @@ impl Cpu {
         self.check_x87_pending()?;
         let data = self.fpu.mmx(index(op.dst.into()) & 7);
         let mask = self.fpu.mmx(index(op.src.into()) & 7);
+        self.probe_operand(op, data.len())?;
         self.write_selected(op, &data, &mask, 1)?;
         self.fpu.enter_mmx();
         Ok(())
@@ -52,7 +54,14 @@ impl Cpu {
         self.check_unit(class)?;
         let data = self.fpu.vec[index(op.dst.into())].xmm();
         let mask = self.fpu.vec[index(op.src.into())].xmm();
+        self.probe_operand(op, data.len())?;
         self.write_selected(op, &data, &mask, 1)
+    }
+
+    /// The byte-masked stores check all of their operand, selected or not (AMD APM vol. 4, MASKMOVDQU).
+    fn probe_operand(&mut self, op: &Op, len: usize) -> Res<()> {
+        let lin = self.address(op, len as u32, true)?;
+        self.probe_write(op.seg(), lin, len)
     }
 
     /// VMASKMOV and VPMASKMOV from memory.

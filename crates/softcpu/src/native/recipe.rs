@@ -4,7 +4,8 @@
 use super::features::Host;
 use super::special::Special;
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpCodeOperandKind, OpKind, Register,
     RflagsBits,
 };
 
@@ -61,6 +62,8 @@ pub struct Recipe {
     pub size: u16,
     /// Alignment that the memory operand must have (#GP), in bytes.
     pub align: u8,
+    /// The host may insist on alignment where the guest does not.
+    pub host_aligned: bool,
     /// It uses x87 or MMX registers, so a pending x87 exception comes first (#MF).
     pub x87: bool,
     /// It is an x87 instruction that records FOP, FIP and FDP.
@@ -79,7 +82,10 @@ pub struct Recipe {
 /// class of each in Intel SDM vol. 2).
 fn unaligned_legacy(m: Mnemonic) -> bool {
     use Mnemonic::*;
-    matches!(m, Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm)
+    matches!(
+        m,
+        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm
+    )
 }
 
 /// VEX instructions whose memory operand must be aligned.
@@ -128,7 +134,7 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
     let x87_unit = code == Code::Wait || features.iter().any(|f| is_x87(*f));
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(i);
-    let (mut vector, mut mm, mut wide) = (false, false, false);
+    let (mut vector, mut mm, mut wide) = (names_vector(code), false, false);
     let (mut access, mut gpr) = (MemAccess::None, 0);
     for k in 0..i.op_count() {
         match i.op_kind(k) {
@@ -170,8 +176,10 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
     };
     let size = i.memory_size().size() as u16;
     let mnemonic = i.mnemonic();
+    // AMD's processors do not insist on alignment for SHA.
+    let sha = features.contains(&CpuidFeature::SHA);
     let align = match class {
-        Class::Sse if size == 16 && !unaligned_legacy(mnemonic) => 16,
+        Class::Sse if size == 16 && !unaligned_legacy(mnemonic) && !sha => 16,
         Class::Avx if aligned_vex(mnemonic) => size as u8,
         _ => 1,
     };
@@ -182,6 +190,7 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
         access,
         size,
         align,
+        host_aligned: sha,
         x87,
         records: x87_unit && !x87_control(mnemonic) && special.is_none() && mnemonic != Mnemonic::Fnop,
         reads_flags: rflags(i.rflags_read()) != 0,
@@ -190,6 +199,12 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
         wide,
         special,
     })
+}
+
+/// Whether an operand may be a vector register, even if it is memory in the case at hand.
+fn names_vector(code: Code) -> bool {
+    use OpCodeOperandKind::{xmm_or_mem, ymm_or_mem};
+    code.op_code().op_kinds().iter().any(|k| matches!(k, xmm_or_mem | ymm_or_mem))
 }
 
 fn is_x87(f: CpuidFeature) -> bool {

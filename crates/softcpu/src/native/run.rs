@@ -130,8 +130,8 @@ pub(super) fn linear(cpu: &mut Cpu, op: &Op, t: &Thunk, write: bool) -> Res<u64>
 pub(super) fn source(cpu: &mut Cpu, op: &Op, t: &Thunk, f: impl FnOnce(&mut Cpu, *mut u8) -> u64) -> Res<u64> {
     let lin = linear(cpu, op, t, false)?;
     match cpu.host_read(op.seg(), lin, usize::from(t.size))? {
-        Some(p) => Ok(f(cpu, p.cast_mut())),
-        None => {
+        Some(p) if !t.host_aligned || p as usize % 16 == 0 => Ok(f(cpu, p.cast_mut())),
+        _ => {
             let mut bounce = Bounce([0; 64]);
             cpu.read_bytes(op.seg(), lin, &mut bounce.0[..usize::from(t.size)])?;
             // Reading may have called a device, which parks the host's units.

@@ -116,6 +116,16 @@ impl Emitter<'_> {
         Ok(())
     }
 
+    /// A branch to a non-canonical address in RCX faults where it is, and changes nothing. Uses RAX and the host's flags.
+    fn canonical_target(&mut self, inst: &Inst) {
+        self.asm.mov(host::RAX, host::RCX);
+        self.asm.shl64(host::RAX, 16);
+        self.asm.rm(true, &[0xc1], 7, Rm::Reg(host::RAX)); // sar rax, 16
+        self.asm.bytes(&[16]);
+        self.asm.alu(op::CMP, host::RAX, Rm::Reg(host::RCX));
+        self.interpret_if(cond::NE, &inst.i);
+    }
+
     /// The target of an indirect branch into RCX.
     fn target(&mut self, inst: &Inst) -> Done {
         if inst.i.op_kind(0) == OpKind::Memory {
@@ -129,6 +139,7 @@ impl Emitter<'_> {
             }
             self.clobber(inst.live_in());
         }
+        self.canonical_target(inst);
         Ok(())
     }
 
@@ -205,6 +216,7 @@ impl Emitter<'_> {
         let m = self.check(inst, &Ea::base(4, 0), shape, host::RAX)?;
         let more = if inst.i.op_count() == 1 { i32::from(inst.i.immediate16()) } else { 0 };
         self.asm.load(host::RCX, Rm::Mem(m));
+        self.canonical_target(inst);
         let sp = stack_register();
         self.asm.lea(sp, Mem::base(sp, 8 + more));
         self.asm.bytes(&[0xc3]);

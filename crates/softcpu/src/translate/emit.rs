@@ -141,11 +141,13 @@ impl<'a> Emitter<'a> {
     }
 
     fn instruction(&mut self, inst: &Inst) {
-        self.start = self.asm.here();
+        let start = self.asm.here();
+        self.start = start;
         let (sites, stubs, links, slots) = (self.sites.len(), self.stubs.len(), self.links.len(), self.slots.len());
         let (flags, vectors) = (self.flags, self.vectors);
         if self.try_instruction(inst).is_err() {
-            self.asm.buf.truncate(self.start);
+            self.asm.buf.truncate(start);
+            self.start = start;
             self.sites.truncate(sites);
             self.stubs.truncate(stubs);
             self.links.truncate(links);

@@ -104,3 +104,23 @@ pub struct Counters {
     pub interpreted: u64,
     pub unlinked: u64,
 }
+
+impl Counters {
+    /// Copies them to where the vCPU's other counters are.
+    pub fn publish(&self, s: &mut crate::state::Stats) {
+        s.native_blocks = self.blocks;
+        s.native_instructions = self.instructions;
+        s.native_bytes = self.bytes;
+        s.native_flushes = self.flushes;
+        s.native_dropped = self.dropped;
+        s.native_unlinked = self.unlinked;
+        s.native_entries = self.entries;
+        s.native_exit_link = self.exit_link;
+        s.native_exit_lookup = self.exit_lookup;
+        s.native_exit_at = self.exit_at;
+        s.native_exit_poll = self.exit_poll;
+        s.native_exit_slow = self.exit_slow;
+        s.native_refills = self.refills;
+        s.native_interpreted = self.interpreted;
+    }
+}

@@ -134,6 +134,7 @@ impl Cpu {
     fn enter(&mut self, mut entry: u64) -> Next {
         let Some(t) = self.code.translator.as_deref_mut() else { return Next::LOOKUP };
         let fixed = t.fixed;
+        t.counters.entries += 1;
         self.jit.jumps = t.jumps();
         self.jit.me = std::ptr::from_mut(self) as u64;
         let here = 0u8;
@@ -236,7 +237,6 @@ impl Cpu {
         let version = t.version;
         let (retry, resume, leave) = (t.address(s.retry), t.address(s.resume), t.fixed.exit_next);
         let mode = self.mode;
-        let tlb = self.tlb;
         let wanted = match s.bits & (site::SSE | site::AVX) {
             0 => 0,
             b if b & site::AVX != 0 => 2,
@@ -261,7 +261,7 @@ impl Cpu {
                 self.peek_read(linear, size).is_some()
             };
             let aligned = linear & u64::from(s.align - 1) == 0;
-            let same = self.unchanged(version, key, mode) && self.tlb == tlb;
+            let same = self.unchanged(version, key, mode);
             if filled && !same {
                 // The code that runs may be gone.
                 self.rip = s.ip;
@@ -281,7 +281,6 @@ impl Cpu {
             && self.rip == s.next_ip
             && wanted == 0
             && self.unchanged(version, key, mode)
-            && self.tlb == tlb
             && !self.signals_pending()
             && self.reload(held)
         {

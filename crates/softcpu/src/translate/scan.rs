@@ -273,6 +273,8 @@ fn analyse(mut i: Instruction) -> Inst {
     let kills = match kind {
         // A count of zero leaves all flags as they were, and REP may do nothing.
         Kind::ShiftCl | Kind::Interpret | Kind::Stop => 0,
+        // Rotating a byte by nine is no rotation either.
+        _ if matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) => 0,
         _ => modifies,
     };
     normalise(&mut i);

@@ -79,7 +79,7 @@ pub struct Case {
     /// Flags that are undefined afterwards, as in RFLAGS.
     pub undefined: u32,
     /// Bytes of memory (offset in the data pages, length) that may differ.
-    pub ignore: [(u32, u32); 3],
+    pub ignore: [(u32, u32); 8],
 }
 
 impl Case {
@@ -94,7 +94,7 @@ impl Case {
             patch_len: 0,
             patch: [0; PATCH_MAX],
             undefined: 0,
-            ignore: [(0, 0); 3],
+            ignore: [(0, 0); 8],
         }
     }
 

@@ -1,6 +1,7 @@
 //! What differs between two outcomes of a case.
 
 use crate::case::*;
+use iced_x86::{Code, Decoder, DecoderOptions, Formatter, IntelFormatter, Mnemonic};
 use std::fmt::Write;
 
 const NAMES: [&str; 16] = [
@@ -27,6 +28,20 @@ fn hex(b: &[u8]) -> String {
     s
 }
 
+/// The instruction at the start of a case.
+pub fn first_code(case: &Case) -> Code {
+    Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE).decode().code()
+}
+
+/// The instruction at `rip`, which a fault has reported.
+fn code_at(case: &Case, rip: u64) -> Code {
+    let at = rip.wrapping_sub(case.regs.rip) as usize;
+    match case.bytes().get(at..) {
+        Some(bytes) => Decoder::new(64, bytes, DecoderOptions::NONE).decode().code(),
+        None => Code::INVALID,
+    }
+}
+
 /// Differences, as lines; empty if the outcomes agree.
 pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
     let mut d = Vec::new();
@@ -35,11 +50,17 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
             d.push(format!("{name}: {x:#x} / {y:#x}"));
         }
     };
-    number("exception", a.vector.into(), b.vector.into());
-    let kernel = a.vector == 14 && a.cr2 >= TASK_SIZE;
-    let present = if kernel { 1 } else { 0 };
-    number("error code", (a.error | present).into(), (b.error | present).into());
-    number("cr2", a.cr2, b.cr2);
+    // In which order the pieces of large operands are accessed is the processor's business, so where one faults in
+    // several places, either will do.
+    let code = code_at(case, a.regs.rip);
+    let large = code.op_code().memory_size().size() == 0 && code.op_code().is_save_restore();
+    if !(large && matches!(a.vector, 12..=14) && matches!(b.vector, 12..=14)) {
+        number("exception", a.vector.into(), b.vector.into());
+        let kernel = a.vector == 14 && a.cr2 >= TASK_SIZE;
+        let present = if kernel { 1 } else { 0 };
+        number("error code", (a.error | present).into(), (b.error | present).into());
+        number("cr2", a.cr2, b.cr2);
+    }
     let (x, y) = (&a.regs, &b.regs);
     number("rip", x.rip, y.rip);
     for (n, name) in NAMES.iter().enumerate() {
@@ -47,7 +68,11 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
     }
     let mask = !(u64::from(case.undefined) | RF);
     number("rflags", x.rflags & mask, y.rflags & mask);
-    number("mxcsr", x.mxcsr.into(), y.mxcsr.into());
+    // Dot products take several steps, and stop at the first that raises an unmasked exception.
+    let dot = matches!(code.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd);
+    if !(dot && a.vector == 19) {
+        number("mxcsr", x.mxcsr.into(), y.mxcsr.into());
+    }
     number("fcw", x.fcw.into(), y.fcw.into());
     number("fsw", x.fsw.into(), y.fsw.into());
     number("ftw", x.ftw.into(), y.ftw.into());
@@ -82,7 +107,6 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
 
 /// The case, readable: instructions and everything that is not zero or usual.
 pub fn describe(case: &Case) -> String {
-    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
     let mut s = String::new();
     let mut decoder = Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE);
     let mut formatter = IntelFormatter::new();

@@ -12,8 +12,8 @@ const RBP: usize = 5;
 const RSI: usize = 6;
 const RDI: usize = 7;
 
-/// Flags that POPF may load without making the rest of the case something else: no TF, NT, AC, RF.
-const POPF: u64 = 0x0cd5 | 0x0020_0000;
+/// Flags that POPF may load without making the rest of the case, or the child process, something else.
+const POPF: u64 = 0x0cd5;
 
 /// Makes cases of the given instructions.
 pub struct Generator<'a> {
@@ -155,9 +155,11 @@ impl Draft<'_> {
             1 => 0,
             _ => rng.next() as u16 & 0xff,
         };
-        r.fop = rng.next() as u16 & 0x7ff;
-        r.fip = rng.next() & 0x7fff_ffff_ffff;
-        r.fdp = rng.next() & 0x7fff_ffff_ffff;
+        if r.fsw & 0x80 != 0 {
+            r.fop = rng.next() as u16 & 0x7ff;
+            r.fip = rng.next() & 0x7fff_ffff_ffff;
+            r.fdp = rng.next() & 0x7fff_ffff_ffff;
+        }
         c.pattern = 1 + rng.below(PATTERNS as u64 - 1) as u32;
         c.entry = rng.below(0xe00) as u32;
         r.rip = CODE + u64::from(c.entry);
@@ -166,6 +168,12 @@ impl Draft<'_> {
     fn pin(&mut self, register: usize, value: u64) {
         self.case.regs.gpr[register] = value;
         self.pinned |= 1 << register;
+    }
+
+    /// Notes bytes of memory that may differ. `None` if there is no more room for such notes.
+    fn ignore(&mut self, at: u32, len: u32) -> Option<()> {
+        *self.case.ignore.iter_mut().find(|i| i.1 == 0)? = (at, len);
+        Some(())
     }
 
     fn patch(&mut self, at: u64, bytes: &[u8]) {
@@ -211,7 +219,7 @@ impl Draft<'_> {
     }
 
     /// Sets up what instruction `i` needs beyond its operands.
-    fn implicit(&mut self, code: Code, i: &mut Instruction) {
+    fn implicit(&mut self, code: Code, i: &mut Instruction) -> Option<()> {
         use Mnemonic::*;
         let m = code.mnemonic();
         let op = code.op_code();
@@ -228,11 +236,12 @@ impl Draft<'_> {
             }
             if matches!(m, Popf | Popfd | Popfq) {
                 let value = self.rng.next() & POPF | 0x202;
-                self.patch(at, &value.to_le_bytes());
-                if at.wrapping_sub(DATA) > DATA_LEN as u64 - 8 {
-                    self.pin(RSP, DATA + 0x1000);
-                    self.patch(DATA + 0x1000, &value.to_le_bytes());
+                if self.case.patch_len != 0 {
+                    return None;
                 }
+                let at = if at.wrapping_sub(DATA) > DATA_LEN as u64 - 8 { DATA + 0x1000 } else { at };
+                self.pin(RSP, at);
+                self.patch(at, &value.to_le_bytes());
             }
         }
         if matches!(m, Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz) && self.rng.chance(70) {
@@ -296,6 +305,7 @@ impl Draft<'_> {
             let at = self.target(16);
             self.pin(RDI, at);
         }
+        Some(())
     }
 
     /// A register operand, or `None` if the operand is none.
@@ -473,7 +483,7 @@ impl Draft<'_> {
         let m = code.mnemonic();
         let mut i = Instruction::new();
         i.set_code(code);
-        self.implicit(code, &mut i);
+        self.implicit(code, &mut i)?;
         let kinds = op.op_kinds();
         let mut immediates = 0;
         for (n, k) in kinds.iter().enumerate() {
@@ -501,10 +511,11 @@ impl Draft<'_> {
                 // The x87 pointers (see `compare`), and MXCSR_MASK, which is the processor's own.
                 let at = |offset: u32| (target.wrapping_sub(DATA) as u32).wrapping_add(offset);
                 if matches!(m, Mnemonic::Fxsave | Mnemonic::Fxsave64) || format!("{m:?}").starts_with("Xsave") {
-                    self.case.ignore = [(at(6), 2), (at(8), 16), (at(28), 4)];
+                    self.ignore(at(6), 18)?;
+                    self.ignore(at(28), 4)?;
                 } else if matches!(m, Mnemonic::Fnstenv | Mnemonic::Fnsave) {
                     let wide = matches!(code, Code::Fnstenv_m28byte | Code::Fnsave_m108byte);
-                    self.case.ignore[0] = if wide { (at(12), 14) } else { (at(6), 8) };
+                    if wide { self.ignore(at(12), 14)? } else { self.ignore(at(6), 8)? }
                 }
                 self.memory(&mut i, n, target, None);
                 continue;

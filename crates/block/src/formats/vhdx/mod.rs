@@ -389,7 +389,7 @@ impl Format for Vhdx {
         };
         // One bit for each MiB of the file finds overlaps.
         let mut used = Places::new(file_size / MIB + 1)?;
-        let (mut last, mut end) = (None, 0);
+        let (mut last, mut start, mut end) = (None, file_size, 0);
         for number in 0..self.metadata.blocks() {
             let entry = self.table.le64(self.entry_at(number))?;
             let place = entry & PLACE;
@@ -411,6 +411,7 @@ impl Format for Vhdx {
                 continue;
             }
             end = end.max(place + block);
+            start = start.min(place);
             for at in place / MIB..(place + block) / MIB {
                 if !used.claim(at) {
                     report.corruptions += 1;
@@ -419,9 +420,8 @@ impl Format for Vhdx {
                 }
             }
         }
-        let held = used.claimed() * MIB;
-        let metadata: u64 = self.reserved.iter().map(|r| r.length).sum();
-        report.leaks = file_size.saturating_sub(held + metadata) / block.max(MIB);
+        // Gaps between the regions are their makers' choice; what lies between and behind blocks is lost.
+        report.leaks = file_size.saturating_sub(start.min(file_size) + used.claimed() * MIB) / block;
         if report.leaks > 0 {
             report.say(format!("Leaked space: {} blocks", report.leaks));
         }
