@@ -438,10 +438,14 @@ impl Fpu {
         image.set_env(image.fcw, image.fsw & !(7 << fsw::TOP_SHIFT), 0xff);
     }
 
-    /// EMMS: every register is empty.
-    #[inline]
+    /// EMMS: the top of stack is register 0, and every register is empty.
     pub fn emms(&mut self) {
-        if self.x87_live { host::emms() } else { self.legacy.ftw = 0 }
+        if self.x87_live {
+            host::emms();
+        } else {
+            let image = &mut self.legacy;
+            image.set_env(image.fcw, image.fsw & !(7 << fsw::TOP_SHIFT), 0);
+        }
     }
 
     /// Zeroes bits 128 and up of the first `count` vector registers (16 in 64-bit mode, else 8).

@@ -43,10 +43,9 @@ impl Cpu {
         self.check_x87_pending()?;
         let data = self.fpu.mmx(index(op.dst.into()) & 7);
         let mask = self.fpu.mmx(index(op.src.into()) & 7);
-        self.probe_operand(op, data.len())?;
-        self.write_selected(op, &data, &mask, 1)?;
         self.fpu.enter_mmx();
-        Ok(())
+        self.probe_operand(op, data.len())?;
+        self.write_selected(op, &data, &mask, 1)
     }
 
     /// MASKMOVDQU and its VEX form.

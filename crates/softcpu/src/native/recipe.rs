@@ -192,7 +192,7 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
         align,
         host_aligned: sha,
         x87,
-        records: x87_unit && !x87_control(mnemonic) && special.is_none() && mnemonic != Mnemonic::Fnop,
+        records: x87_unit && !x87_control(mnemonic) && special.is_none(),
         reads_flags: rflags(i.rflags_read()) != 0,
         writes_flags: rflags(i.rflags_modified()),
         vex,

@@ -112,6 +112,10 @@ impl Cpu {
         self.fpu.set_mxcsr(guest | raised);
         if raised & unmasked != 0 {
             before.put_back(self, op);
+            if t.x87 {
+                // The switch to MMX comes before the exception.
+                self.fpu.enter_mmx();
+            }
             let exceptions = self.cr4 & cr::CR4_OSXMMEXCPT != 0;
             return Err(if exceptions { self.raise(vector::XM) } else { self.ud() });
         }

@@ -57,7 +57,9 @@ impl<'a> Generator<'a> {
             let at = draft.case.code_len as usize;
             let ip = CODE + u64::from(draft.case.entry) + at as u64;
             let (i, bytes) = draft.instruction(*code, ip)?;
-            if at + bytes.len() > CODE_MAX || !last && may_leave_undefined(&i) || flags(i.rflags_read()) & undefined != 0 {
+            // What may differ must not be read by what follows.
+            let compared = last || draft.case.ignore[0].1 == 0;
+            if !compared || at + bytes.len() > CODE_MAX || !last && may_leave_undefined(&i) || flags(i.rflags_read()) & undefined != 0 {
                 return None;
             }
             draft.case.code[at..at + bytes.len()].copy_from_slice(&bytes);
@@ -224,8 +226,12 @@ impl Draft<'_> {
         let m = code.mnemonic();
         let op = code.op_code();
         if op.is_stack_instruction() || matches!(m, Enter | Leave) {
-            let at = if self.rng.chance(90) { DATA + 0x800 + self.rng.below(0x1000) } else { self.target(8) };
-            self.pin(RSP, at);
+            let mut at = if self.rng.chance(90) { DATA + 0x800 + self.rng.below(0x1000) } else { self.target(8) };
+            if self.pinned >> RSP & 1 == 0 {
+                self.pin(RSP, at);
+            } else {
+                at = self.case.regs.gpr[RSP];
+            }
             if matches!(m, Enter | Leave) {
                 let at = if self.rng.chance(80) { DATA + 0x900 + self.rng.below(0x800) } else { self.target(8) };
                 self.pin(RBP, at);
@@ -240,6 +246,10 @@ impl Draft<'_> {
                     return None;
                 }
                 let at = if at.wrapping_sub(DATA) > DATA_LEN as u64 - 8 { DATA + 0x1000 } else { at };
+                // What other instructions did to the stack pointer is not known here.
+                if self.case.code_len != 0 {
+                    return None;
+                }
                 self.pin(RSP, at);
                 self.patch(at, &value.to_le_bytes());
             }
@@ -422,7 +432,8 @@ impl Draft<'_> {
             Ldmxcsr | Vldmxcsr => {
                 let mut value = r.mxcsr;
                 if self.rng.chance(10) {
-                    value |= 1 << (16 + self.rng.below(16));
+                    // Any reserved bit but 17, which AMD has a use for.
+                    value |= 1 << self.rng.pick(&[16, 18, 19, 24, 31]);
                 }
                 self.patch(at, &value.to_le_bytes());
             }

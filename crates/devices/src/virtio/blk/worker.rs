@@ -4,7 +4,7 @@
 //! - With io_uring the thread sleeps in it, so that one system call submits requests and waits for notifications and
 //!   completions alike. Without it (old or restricted kernels) it polls the eventfd.
 //! - Reads and writes of flat images go to io_uring, unless the file lives in memory (tmpfs): such reads never wait,
-//!   but the kernel would hand them to a helper thread. Those, all other operations, and images of other formats are
+//!   but the kernel would hand them to one of its threads. Those, all other operations, and images of other formats are
 //!   done in place.
 
 use super::Disk;
