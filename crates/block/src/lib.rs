@@ -33,7 +33,8 @@
 //! fresh block with `head` and `tail` so that it is written whole), and `commit_write` (write the table entry); it uses
 //! [`formats::push_extent`] and [`formats::push_write`] to merge neighbours. Header fields come from hostile hands: check
 //! every offset, size and count with checked arithmetic before use, and bound every allocation. A read-only format
-//! returns [`Error::ReadOnly`] from the write calls.
+//! returns [`Error::ReadOnly`] from the write calls. `formats/support` has what table formats share: a page cache with ordered
+//! write-back, the walk over units, space at the end of the file.
 //!
 //! Order of writes for crash safety: data, then (where old contents were copied, or on `flush`) a storage flush, then the
 //! table that refers to it. Space that tables on disk still refer to must not be reused.

@@ -192,7 +192,9 @@ pub fn parse_size(text: &str) -> Option<u64> {
         _ => (text, 0),
     };
     if let Some((whole, fraction)) = number.split_once('.') {
-        if shift == 0 && fraction.bytes().any(|b| b != b'0') || !number.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        if shift == 0 && fraction.bytes().any(|b| b != b'0')
+            || !number.bytes().all(|b| b.is_ascii_digit() || b == b'.')
+        {
             return None;
         }
         let whole: u64 = whole.parse().ok()?;
@@ -211,9 +213,15 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, value) in
-            [("0", 0), ("512", 512), ("1k", 1024), ("1.5G", 3 << 29), ("0x10", 16), ("2T", 2 << 40), ("7b", 7)]
-        {
+        for (text, value) in [
+            ("0", 0),
+            ("512", 512),
+            ("1k", 1024),
+            ("1.5G", 3 << 29),
+            ("0x10", 16),
+            ("2T", 2 << 40),
+            ("7b", 7),
+        ] {
             assert_eq!(parse_size(text), Some(value), "{text}");
         }
         for bad in ["", "k", "-1", "1x", "1.5", "16E", "99999999999999999999", "1 k", "0x"] {

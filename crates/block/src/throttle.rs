@@ -58,7 +58,9 @@ impl Limits {
         limits.request_size = number("iops-size".into())?;
         for rates in [&limits.bytes, &limits.requests] {
             if rates[0].average > 0 && (rates[1].average > 0 || rates[2].average > 0) {
-                return Err(Error::usage("A total limit and a read or write limit cannot be used at the same time"));
+                return Err(Error::usage(
+                    "A total limit and a read or write limit cannot be used at the same time",
+                ));
             }
         }
         prefixed.finish("throttling")?;
@@ -178,8 +180,10 @@ mod tests {
 
     #[test]
     fn bursts_are_allowed_for_their_length() {
-        let limits =
-            Limits::take(&mut Options::parse("iops-total=100,iops-total-max=1000,iops-total-max-length=2").unwrap()).unwrap();
+        let limits = Limits::take(
+            &mut Options::parse("iops-total=100,iops-total-max=1000,iops-total-max-length=2").unwrap(),
+        )
+        .unwrap();
         let took = duration(&Throttle::new(limits), false, 512, 2000);
         assert!((1.7..2.3).contains(&took), "{took}");
     }

@@ -50,8 +50,14 @@ const CASES: &[Case] = &[
     case("parallels", "cluster_size=65536", true),
     case("qcow", "", false),
     case("qcow", "encrypt.format=aes,encrypt.key-secret=sec0", false),
-    case("luks", "key-secret=sec0,iter-time=10", false),
-    case("luks", "key-secret=sec0,iter-time=10,cipher-alg=serpent-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1", false),
+    case("luks", "key-secret=sec0,iter-time=100", false),
+    // QEMU's own measuring of such short times fails now and then, so it does not make these.
+    Case {
+        format: "luks",
+        options: "key-secret=sec0,iter-time=10,cipher-alg=serpent-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1",
+        theirs: None,
+        checks: false,
+    },
 ];
 
 const SIZE: u64 = (21 << 20) + 512;
@@ -118,7 +124,11 @@ impl Case {
         }
         let key = self.opening().iter().next().unwrap().0.to_owned();
         (
-            vec!["--object".into(), format!("secret,id=sec0,data={}", str::from_utf8(KEY).unwrap()), "--image-opts".into()],
+            vec![
+                "--object".into(),
+                format!("secret,id=sec0,data={}", str::from_utf8(KEY).unwrap()),
+                "--image-opts".into(),
+            ],
             format!("driver={},file.filename={name},{key}=sec0", self.format),
         )
     }
@@ -204,8 +214,18 @@ fn exercise(case: &Case, name: &str, model: &mut [u8], random: &mut Random, step
         let most = if random.below(4) == 0 { 3_000_000 } else { 9000 };
         let len = (1 + random.below(most)).min(size - offset);
         let range = offset as usize..(offset + len) as usize;
-        match random.below(10) {
-            0..=5 => {
+        match random.below(11) {
+            10 if image.format().compresses() => {
+                let unit = image.format().unit();
+                let start = offset - offset % unit;
+                let end = (start + unit).min(size);
+                let bytes = random.bytes((end - start) as usize);
+                if let Some(packed) = image.compress(&bytes).unwrap() {
+                    image.write_compressed(start, &packed).unwrap();
+                    model[start as usize..end as usize].copy_from_slice(&bytes);
+                }
+            }
+            10 | 0..=5 => {
                 let bytes = random.bytes(len as usize);
                 image.write_at(&bytes, offset).unwrap_or_else(|e| panic!("{}: {e}", case.name()));
                 model[range].copy_from_slice(&bytes);
@@ -219,7 +239,11 @@ fn exercise(case: &Case, name: &str, model: &mut [u8], random: &mut Random, step
                 let mut now = vec![0; range.len()];
                 image.read_at(&mut now, offset).unwrap();
                 for (m, n) in model[range].iter_mut().zip(&now) {
-                    assert!(*n == *m || *n == 0 || case.encrypted(), "{}: discard made other bytes appear", case.name());
+                    assert!(
+                        *n == *m || *n == 0 || case.encrypted(),
+                        "{}: discard made other bytes appear",
+                        case.name()
+                    );
                     *m = *n;
                 }
             }
@@ -258,7 +282,11 @@ fn qemu_writes(case: &Case, name: &str, model: &mut [u8], random: &mut Random) -
         let offset = random.below((model.len() as u64 - len) / 512 + 1) * 512;
         let byte = random.below(255) as u8 + 1;
         let zero = random.below(5) == 0;
-        command.arg("-c").arg(if zero { format!("write -z {offset} {len}") } else { format!("write -P {byte} {offset} {len}") });
+        command.arg("-c").arg(if zero {
+            format!("write -z {offset} {len}")
+        } else {
+            format!("write -P {byte} {offset} {len}")
+        });
         model[offset as usize..(offset + len) as usize].fill(if zero { 0 } else { byte });
     }
     let out = command.arg(image).output().unwrap();
@@ -284,6 +312,10 @@ fn own_images_hold_what_was_written_and_qemu_reads_and_writes_them() {
         let size = case.open(&name, true).size();
         assert!(size >= SIZE, "{}", case.name());
         let mut model = vec![0; size as usize];
+        if case.format == "luks" {
+            // Space that was never written decrypts to noise.
+            case.open(&name, true).read_at(&mut model, 0).unwrap();
+        }
         exercise(case, &name, &mut model, &mut random, 70);
         case.qemu_check(&name);
         case.qemu_compare(&name, &model);
@@ -295,6 +327,21 @@ fn own_images_hold_what_was_written_and_qemu_reads_and_writes_them() {
         }
         std::fs::remove_file(&name).unwrap();
     }
+}
+
+/// Runs a conversion of `qemu-img`'s; `false` where it is not installed or cannot measure its own speed, as LUKS needs.
+fn qemu_converts(words: &[&str]) -> bool {
+    for _ in 0..5 {
+        let Some(mut command) = qemu("qemu-img") else { return false };
+        let out = command.args(words).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        if out.status.success() {
+            return true;
+        }
+        assert!(said.contains("Unable to get accurate CPU usage"), "{words:?}: {said}");
+    }
+    eprintln!("skipped: qemu-img cannot measure its speed here");
+    false
 }
 
 #[test]
@@ -319,8 +366,8 @@ fn images_made_by_qemu_are_read_and_written() {
             words.extend(["-o", theirs]);
         }
         words.extend([plain.to_str().unwrap(), name]);
-        if qemu_img(&words).is_none() {
-            return;
+        if !qemu_converts(&words) {
+            continue;
         }
         let image = case.open(name, true);
         model.resize(image.size() as usize, 0);
@@ -349,7 +396,8 @@ fn overlays_show_what_is_below_them() {
     let dir = tempfile::tempdir().unwrap();
     for (i, case) in BACKED.iter().enumerate() {
         for theirs in [false, true] {
-            let mut random = Random((i as u64 * 2 + u64::from(theirs) + 99).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let mut random =
+                Random((i as u64 * 2 + u64::from(theirs) + 99).wrapping_mul(0x9e37_79b9_7f4a_7c15));
             let base = dir.path().join(format!("base{i}{theirs}"));
             let base_name = case.make(&base);
             let mut model = vec![0; SIZE as usize];
@@ -368,8 +416,7 @@ fn overlays_show_what_is_below_them() {
                     continue;
                 }
             } else {
-                let backing =
-                    Backing { name: format!("base{i}{theirs}"), format: Some(case.format.into()) };
+                let backing = Backing { name: format!("base{i}{theirs}"), format: Some(case.format.into()) };
                 case.make_on(&path, Some(backing));
             }
             exercise(case, &name, &mut model, &mut random, 60);
@@ -410,6 +457,44 @@ fn facts_agree_with_qemu() {
 }
 
 #[test]
+fn many_threads_write_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, case) in CASES.iter().enumerate() {
+        let name = case.make(&dir.path().join(format!("disk{i}.{}", case.format)));
+        let image = case.open(&name, false);
+        let sectors = (8 << 20) / 4096;
+        std::thread::scope(|scope| {
+            for t in 0..4u64 {
+                let image = &image;
+                scope.spawn(move || {
+                    // Neighbouring pages belong to different threads, so that all units are shared; every fourth is left out.
+                    for i in (t..sectors).step_by(4).filter(|i| i % 16 != 5) {
+                        image.write_at(&[t as u8 + 1; 4096], i * 4096).unwrap();
+                        if i % 128 == t {
+                            image.flush().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        let mut model = vec![0; image.size() as usize];
+        image.read_at(&mut model, 0).unwrap();
+        for i in 0..sectors {
+            let expected = if i % 16 == 5 { 0 } else { (i % 4) as u8 + 1 };
+            let page = &model[i as usize * 4096..][..4096];
+            let untouched = i % 16 == 5 && case.format == "luks";
+            assert!(untouched || page.iter().all(|&b| b == expected), "{} page {i}", case.name());
+        }
+        image.close().unwrap();
+        drop(image);
+        case.check(&name);
+        case.qemu_check(&name);
+        case.qemu_compare(&name, &model);
+        std::fs::remove_file(&name).unwrap();
+    }
+}
+
+#[test]
 fn a_read_only_image_is_never_written() {
     let dir = tempfile::tempdir().unwrap();
     for (i, case) in CASES.iter().enumerate() {
@@ -425,6 +510,37 @@ fn a_read_only_image_is_never_written() {
         drop(image);
         assert!(std::fs::read(&name).unwrap() == before, "{}", case.name());
     }
+}
+
+/// A stream as VMware writes it: the grain directory is found through a footer at the end.
+#[test]
+fn streams_with_a_footer_are_read_and_appended_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = case("vmdk", "subformat=streamOptimized", true);
+    let mut random = Random(0x1234_5678_9abc);
+    let name = case.make(&dir.path().join("s.vmdk"));
+    let mut model = vec![0; SIZE as usize];
+    exercise(&case, &name, &mut model, &mut random, 20);
+    let mut bytes = std::fs::read(&name).unwrap();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    let header = bytes[..512].to_vec();
+    bytes[56..64].fill(0xff);
+    let mut marker = [0; 512];
+    marker[0] = 1;
+    marker[12] = 3;
+    bytes.extend(marker);
+    bytes.extend(&header);
+    bytes.extend([0; 512]);
+    std::fs::write(&name, &bytes).unwrap();
+    assert_reads(&case.open(&name, true), &model, "through the footer");
+    case.qemu_compare(&name, &model);
+    exercise(&case, &name, &mut model, &mut random, 20);
+    case.qemu_check(&name);
+    case.qemu_compare(&name, &model);
+    // Something else where the footer should be.
+    bytes.truncate(bytes.len() - 512);
+    std::fs::write(&name, &bytes).unwrap();
+    assert!(Image::open(&name, &OpenOptions::reader(Some("vmdk"))).is_err());
 }
 
 /// Damages images at random and opens, maps, reads, checks and writes what opens: no panic, no endless loop.
@@ -443,7 +559,8 @@ fn damaged_images_are_refused_or_survive() {
         let sound = std::fs::read(&name).unwrap();
         let interesting: Vec<usize> =
             (0..sound.len().min(1 << 20)).filter(|&i| sound[i] != 0 || i < 600).take(6000).collect();
-        for _ in 0..60 {
+        // Whole files are written for each round, so large ones get fewer.
+        for _ in 0..if sound.len() > 8 << 20 { 12 } else { 50 } {
             let mut bad = sound.clone();
             for _ in 0..1 + random.below(4) {
                 let at = interesting[random.below(interesting.len() as u64) as usize];

@@ -79,7 +79,8 @@ fn a_mirror_keeps_up() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (open(&make(dir.path(), "s", None)), open(&make(dir.path(), "t", None)));
     scribble(&source, 1, 200);
-    let mut job: Box<dyn Job> = Box::new(Mirror::new(Arc::clone(&source), Arc::clone(&target), MirrorMode::Full).unwrap());
+    let mut job: Box<dyn Job> =
+        Box::new(Mirror::new(Arc::clone(&source), Arc::clone(&target), MirrorMode::Full).unwrap());
     assert!(source.direct().is_none());
     while_written(&source, || {
         let before = job.progress().0;
@@ -100,7 +101,8 @@ fn a_backup_is_the_moment_it_began() {
     let (source, target) = (open(&make(dir.path(), "s", None)), open(&make(dir.path(), "t", None)));
     scribble(&source, 2, 200);
     let then = contents(&source);
-    let mut job: Box<dyn Job> = Box::new(Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Full).unwrap());
+    let mut job: Box<dyn Job> =
+        Box::new(Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Full).unwrap());
     while_written(&source, || {
         while job.step().unwrap() == Step::Worked {
             std::thread::yield_now();
@@ -116,11 +118,14 @@ fn an_incremental_backup_copies_what_a_bitmap_names() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (open(&make(dir.path(), "s", None)), open(&make(dir.path(), "t", None)));
     scribble(&source, 3, 100);
-    Box::new(Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Full).unwrap()).complete().unwrap();
+    Box::new(Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Full).unwrap())
+        .complete()
+        .unwrap();
     source.quiesced(|f| f.bitmaps().unwrap().add("b", None, true)).unwrap();
     source.write_at(&[1; 100_000], 1 << 20).unwrap();
     let bits = source.format().bitmaps().unwrap().load("b").unwrap();
-    let job = Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Incremental(65536, bits)).unwrap();
+    let job =
+        Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Incremental(65536, bits)).unwrap();
     assert!(job.progress().1 <= 4 * 65536);
     Box::new(job).complete().unwrap();
     assert!(contents(&source) == contents(&target));
@@ -129,7 +134,8 @@ fn an_incremental_backup_copies_what_a_bitmap_names() {
 #[test]
 fn a_stream_makes_the_backing_file_needless() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, middle, top) = (make(dir.path(), "a", None), make(dir.path(), "b", Some("a")), make(dir.path(), "c", Some("b")));
+    let (base, middle, top) =
+        (make(dir.path(), "a", None), make(dir.path(), "b", Some("a")), make(dir.path(), "c", Some("b")));
     scribble(&open(&base), 4, 150);
     scribble(&open(&middle), 5, 60);
     let image = open(&top);

@@ -40,7 +40,9 @@ fn sample(options: &str) -> Vec<u8> {
     if !options.contains("compat=0.10") {
         image.quiesced(|f| f.bitmaps().unwrap().add("b", Some(65536), true)).unwrap();
     }
-    image.quiesced(|f| f.snapshots().unwrap().create(SnapshotInfo { name: "s".into(), ..Default::default() })).unwrap();
+    image
+        .quiesced(|f| f.snapshots().unwrap().create(SnapshotInfo { name: "s".into(), ..Default::default() }))
+        .unwrap();
     image.write_at(&[9; 9000], 12345).unwrap();
     image.close().unwrap();
     storage.snapshot()
@@ -50,7 +52,12 @@ fn sample(options: &str) -> Vec<u8> {
 fn use_it(bytes: &[u8]) {
     for read_only in [true, false] {
         let storage = Arc::new(MemoryStorage::new(bytes.to_vec()));
-        let options = OpenOptions { read_only, for_check: read_only, no_backing: true, ..OpenOptions::writer(Some("qcow2")) };
+        let options = OpenOptions {
+            read_only,
+            for_check: read_only,
+            no_backing: true,
+            ..OpenOptions::writer(Some("qcow2"))
+        };
         let Ok(image) = Image::open_storage(storage.clone(), "disk", &options) else { continue };
         let _ = image.info();
         let mut buf = vec![0; 100_000];
@@ -77,7 +84,11 @@ fn use_it(bytes: &[u8]) {
 
 #[test]
 fn damaged_qcow2_images() {
-    for (n, options) in ["", "cluster_size=4k", "cluster_size=512,compat=0.10", "extended_l2=on,cluster_size=16k"].iter().enumerate() {
+    for (n, options) in
+        ["", "cluster_size=4k", "cluster_size=512,compat=0.10", "extended_l2=on,cluster_size=16k"]
+            .iter()
+            .enumerate()
+    {
         let good = sample(options);
         use_it(&good);
         let mut random = Random(n as u64 + 1);
@@ -85,7 +96,8 @@ fn damaged_qcow2_images() {
             let mut bytes = good.clone();
             for _ in 0..1 + random.below(4) {
                 // Metadata lies near the start; favour it.
-                let reach = if random.below(3) == 0 { bytes.len() as u64 } else { (bytes.len() as u64).min(300_000) };
+                let reach =
+                    if random.below(3) == 0 { bytes.len() as u64 } else { (bytes.len() as u64).min(300_000) };
                 let at = if round % 3 == 0 { random.below(150) } else { random.below(reach) } as usize;
                 match random.below(3) {
                     0 => bytes[at] ^= 1 << random.below(8),

@@ -19,7 +19,13 @@ const SIZE: u64 = 8 << 20;
 
 fn image(dir: &Path, name: &str) -> String {
     let name = dir.join(name).to_str().unwrap().to_owned();
-    create_image(&Create { format: "qcow2".into(), name: name.clone(), size: Some(SIZE), ..Default::default() }).unwrap();
+    create_image(&Create {
+        format: "qcow2".into(),
+        name: name.clone(),
+        size: Some(SIZE),
+        ..Default::default()
+    })
+    .unwrap();
     name
 }
 

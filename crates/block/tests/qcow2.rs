@@ -39,7 +39,8 @@ fn assert_reads(image: &Image, model: &[u8], when: &str) {
 }
 
 fn assert_sound(name: &str, leaks_too: bool) {
-    let image = Image::open(name, &OpenOptions { for_check: true, ..OpenOptions::reader(Some("qcow2")) }).unwrap();
+    let image =
+        Image::open(name, &OpenOptions { for_check: true, ..OpenOptions::reader(Some("qcow2")) }).unwrap();
     let report = image.format().check(Repair::None).unwrap();
     assert_eq!(report.corruptions, 0, "{:#?}", report.messages);
     assert_eq!(report.check_errors, 0);
@@ -112,7 +113,11 @@ fn run(options: &str, with_backing: bool, snapshots: bool, compress: bool, seed:
             11 => {
                 let tag = format!("s{step}");
                 image
-                    .quiesced(|f| f.snapshots().unwrap().create(SnapshotInfo { name: tag.clone(), ..Default::default() }))
+                    .quiesced(|f| {
+                        f.snapshots()
+                            .unwrap()
+                            .create(SnapshotInfo { name: tag.clone(), ..Default::default() })
+                    })
                     .unwrap();
                 saved.push((tag, model.clone()));
             }
@@ -201,9 +206,13 @@ fn external_data_file() {
 #[test]
 fn preallocation() {
     let dir = tempfile::tempdir().unwrap();
-    for (mode, options) in
-        [("metadata", ""), ("falloc", ""), ("full", ""), ("metadata", ",extended_l2=on"), ("metadata", ",cluster_size=512")]
-    {
+    for (mode, options) in [
+        ("metadata", ""),
+        ("falloc", ""),
+        ("full", ""),
+        ("metadata", ",extended_l2=on"),
+        ("metadata", ",cluster_size=512"),
+    ] {
         let name = make(&dir.path().join(mode), &format!("preallocation={mode}{options}"), None);
         assert_sound(&name, true);
         let image = open(&name);
@@ -248,7 +257,13 @@ fn amending() {
     open(&name).write_zeroes(1 << 20, 1 << 20, true).unwrap();
     let mut model = bytes;
     model[1 << 20..2 << 20].fill(0);
-    for change in ["refcount_bits=64", "refcount_bits=1", "refcount_bits=16,lazy_refcounts=on", "compat=0.10", "compat=1.1"] {
+    for change in [
+        "refcount_bits=64",
+        "refcount_bits=1",
+        "refcount_bits=16,lazy_refcounts=on",
+        "compat=0.10",
+        "compat=1.1",
+    ] {
         let image = open(&name);
         let mut options = Options::parse(change).unwrap();
         image.quiesced(|f| f.amend(&mut options)).unwrap();
@@ -268,7 +283,9 @@ fn damaged_refcounts_are_repaired() {
     for (at, junk) in [(0x20000u64 + 20, [0u8, 0, 0, 9]), (0x10000, [0xff, 0xff, 1, 0])] {
         let file = std::fs::OpenOptions::new().write(true).open(&name).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &junk, at).unwrap();
-        let image = Image::open(&name, &OpenOptions { for_check: true, ..OpenOptions::writer(Some("qcow2")) }).unwrap();
+        let image =
+            Image::open(&name, &OpenOptions { for_check: true, ..OpenOptions::writer(Some("qcow2")) })
+                .unwrap();
         assert!(image.format().check(Repair::None).unwrap().corruptions > 0);
         let report = image.format().check(Repair::All).unwrap();
         assert!(report.corruptions_fixed > 0);

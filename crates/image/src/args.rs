@@ -25,17 +25,23 @@ impl Source {
             let (kind, rest) = text.split_once(',').unwrap_or((text, ""));
             let mut options = Options::parse(rest)?;
             if kind.trim_start_matches("qom-type=") != "secret" {
-                return Err(Error::usage(format!("Invalid parameter '{kind}': only 'secret' objects serve images")));
+                return Err(Error::usage(format!(
+                    "Invalid parameter '{kind}': only 'secret' objects serve images"
+                )));
             }
             let id = options.take("id").ok_or_else(|| Error::usage("Parameter 'id' is missing"))?;
             let data = match (options.take("data"), options.take("file")) {
                 (Some(data), None) => data.into_bytes(),
-                (None, Some(file)) => std::fs::read(&file).map_err(|e| Error::io(format!("Unable to read {file}"), e))?,
+                (None, Some(file)) => {
+                    std::fs::read(&file).map_err(|e| Error::io(format!("Unable to read {file}"), e))?
+                }
                 _ => return Err(Error::usage("'secret' needs either 'data' or 'file'")),
             };
             let data = match options.take("format").as_deref() {
                 None | Some("raw") => data,
-                Some(other) => return Err(Error::usage(format!("Secret format '{other}' is not supported; use raw"))),
+                Some(other) => {
+                    return Err(Error::usage(format!("Secret format '{other}' is not supported; use raw")));
+                }
             };
             options.finish("object 'secret'")?;
             out.insert(id, data);
@@ -44,7 +50,12 @@ impl Source {
     }
 
     /// Puts name and format into open options; the result is the name to open.
-    pub(crate) fn apply(&self, name: &str, format: Option<&str>, options: &mut OpenOptions) -> Result<String> {
+    pub(crate) fn apply(
+        &self,
+        name: &str,
+        format: Option<&str>,
+        options: &mut OpenOptions,
+    ) -> Result<String> {
         options.secrets = self.secrets()?;
         options.force_share |= self.force_share && options.read_only;
         options.format = format.map(str::to_owned);
@@ -84,9 +95,9 @@ pub(crate) enum Output {
 
 /// Parses a size on the command line.
 pub(crate) fn parse_size(text: &str, what: &str) -> Result<u64> {
-    block::parse_size(text)
-        .filter(|&s| i64::try_from(s).is_ok())
-        .ok_or_else(|| {
-            Error::usage(format!("Invalid {what} specified: '{text}'. Sizes are bytes, or have a suffix k, M, G, T, P or E."))
-        })
+    block::parse_size(text).filter(|&s| i64::try_from(s).is_ok()).ok_or_else(|| {
+        Error::usage(format!(
+            "Invalid {what} specified: '{text}'. Sizes are bytes, or have a suffix k, M, G, T, P or E."
+        ))
+    })
 }

@@ -74,10 +74,19 @@ mod tests {
             "filename": "a", "virtual-size": 1, "children": [], "dirty-flag": false, "format": "raw", "actual-size": 2,
             "format-specific": {}
         });
-        let keys: Vec<&str> = ordered(value.as_object().unwrap()).into_iter().map(|(k, _)| k.as_str()).collect();
+        let keys: Vec<&str> =
+            ordered(value.as_object().unwrap()).into_iter().map(|(k, _)| k.as_str()).collect();
         assert_eq!(
             keys,
-            ["children", "virtual-size", "filename", "format", "actual-size", "format-specific", "dirty-flag"]
+            [
+                "children",
+                "virtual-size",
+                "filename",
+                "format",
+                "actual-size",
+                "format-specific",
+                "dirty-flag"
+            ]
         );
         assert_eq!(pretty(&serde_json::json!({"a": [1]})), "{\n    \"a\": [\n        1\n    ]\n}");
     }

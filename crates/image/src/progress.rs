@@ -38,7 +38,8 @@ impl Progress {
             }
             (true, _) => Style::Line,
         };
-        let progress = Progress { total: total.max(1), done: AtomicU64::new(0), shown: Mutex::new(-100.0), style };
+        let progress =
+            Progress { total: total.max(1), done: AtomicU64::new(0), shown: Mutex::new(-100.0), style };
         progress.add(0);
         progress
     }

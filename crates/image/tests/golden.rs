@@ -16,7 +16,8 @@ fn reference() -> Option<PathBuf> {
     };
     let version = Command::new(&path).arg("--version").output().ok().filter(|o| o.status.success());
     let text = version.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-    let major = text.split("version ").nth(1).and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
+    let major =
+        text.split("version ").nth(1).and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
     match major {
         Some(10) => Some(path),
         other => {
@@ -94,7 +95,11 @@ fn same_command_lines_print_the_same() {
     for line in include_str!("golden.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#')) {
         let (code, out, err) = run(&reference, &a, line);
         let (own_code, own_out, own_err) = run(&own, &b, line);
-        assert_eq!((own_code, &own_out), (code, &out), "qemu-img {line}\nqemu's errors: {err}\nown errors: {own_err}");
+        assert_eq!(
+            (own_code, &own_out),
+            (code, &out),
+            "qemu-img {line}\nqemu's errors: {err}\nown errors: {own_err}"
+        );
         assert_eq!(own_err.is_empty(), err.is_empty(), "qemu-img {line}: {err} | {own_err}");
     }
 }
@@ -104,8 +109,8 @@ fn options_that_qemu_has_are_understood() {
     let dir = tempfile::tempdir().unwrap();
     let own = own(dir.path());
     for command in [
-        "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure",
-        "rebase", "resize", "snapshot", "serve",
+        "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map",
+        "measure", "rebase", "resize", "snapshot", "serve",
     ] {
         let (code, out, _) = run(&own, dir.path(), &format!("{command} --help"));
         assert_eq!(code, Some(0), "{command}");

@@ -77,7 +77,11 @@ fn qemu_io_prints_what_qemu_prints() {
         results.push((output.status.code(), text(&output)));
     }
     assert_eq!(results[0].0, Some(1), "a verification in it fails");
-    assert!(results[0].1.contains("Pattern verification failed at offset 65536, 512 bytes"), "{}", results[0].1);
+    assert!(
+        results[0].1.contains("Pattern verification failed at offset 65536, 512 bytes"),
+        "{}",
+        results[0].1
+    );
     if let [ours, theirs] = &results[..] {
         assert_eq!(ours, theirs);
     }

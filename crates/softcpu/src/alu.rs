@@ -155,10 +155,18 @@ macro_rules! wide {
 
 /// Method names to mnemonics (raw identifiers where Rust has keywords of that name).
 macro_rules! name {
-    (and_) => { "and" };
-    (or_) => { "or" };
-    (not_) => { "not" };
-    ($n:ident) => { stringify!($n) };
+    (and_) => {
+        "and"
+    };
+    (or_) => {
+        "or"
+    };
+    (not_) => {
+        "not"
+    };
+    ($n:ident) => {
+        stringify!($n)
+    };
 }
 
 methods! {
@@ -549,7 +557,10 @@ mod tests {
         assert_eq!(u64::div(7, 1, 2, 0).map(|r| (r.0, r.1)), Some((0x8000_0000_0000_0003, 1)));
         assert!(u32::idiv(0x8000_0000, 0xffff_ffff, u32::MAX, 0).is_none());
         assert!(u64::idiv(0, 1 << 63, u64::MAX, 0).is_none());
-        assert_eq!(u32::idiv((-7i32) as u32, u32::MAX, 2, 0).map(|r| (r.0, r.1)), Some((-3i32 as u32, -1i32 as u32)));
+        assert_eq!(
+            u32::idiv((-7i32) as u32, u32::MAX, 2, 0).map(|r| (r.0, r.1)),
+            Some((-3i32 as u32, -1i32 as u32))
+        );
         assert!(idiv8(0x8000, 0xff, 0).is_none());
         assert!(div8(0x100, 1, 0).is_none());
         assert_eq!(div8(0x101, 2, 0).map(|r| r.0), Some(0x180));

@@ -42,7 +42,14 @@ pub struct Block {
 
 impl Block {
     /// A block of the given operations.
-    pub fn new(ops: Vec<Op>, count: u32, len: u32, host: usize, mode: Mode, second_page: Option<usize>) -> Self {
+    pub fn new(
+        ops: Vec<Op>,
+        count: u32,
+        len: u32,
+        host: usize,
+        mode: Mode,
+        second_page: Option<usize>,
+    ) -> Self {
         Self {
             ops: ops.into_boxed_slice(),
             links: [Cell::new(std::ptr::null()), Cell::new(std::ptr::null())],

@@ -161,21 +161,37 @@ impl Cpu {
     /// The registers as text, for messages about a VM that cannot go on.
     pub fn dump(&self) -> String {
         let names = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+            "r14", "r15",
         ];
         let mut s = String::new();
         for (i, name) in names.iter().enumerate() {
             let end = if i % 4 == 3 { '\n' } else { ' ' };
             let _ = write!(s, "{name:>3}={:016x}{end}", self.regs[i]);
         }
-        let _ = writeln!(s, "rip={:016x} rflags={:08x} cpl={} mode={:?}", self.rip, self.rflags(), self.cpl, self.mode);
+        let _ = writeln!(
+            s,
+            "rip={:016x} rflags={:08x} cpl={} mode={:?}",
+            self.rip,
+            self.rflags(),
+            self.cpl,
+            self.mode
+        );
         for (name, g) in ["es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr"]
             .iter()
             .zip(self.seg.iter().chain([&self.ldtr, &self.tr]))
         {
-            let _ = writeln!(s, "{name:>3}={:04x} base={:016x} limit={:08x} attr={:05x}", g.selector, g.base, g.limit, g.attr);
+            let _ = writeln!(
+                s,
+                "{name:>3}={:04x} base={:016x} limit={:08x} attr={:05x}",
+                g.selector, g.base, g.limit, g.attr
+            );
         }
-        let _ = writeln!(s, "gdt={:016x}:{:04x} idt={:016x}:{:04x}", self.gdtr.base, self.gdtr.limit, self.idtr.base, self.idtr.limit);
+        let _ = writeln!(
+            s,
+            "gdt={:016x}:{:04x} idt={:016x}:{:04x}",
+            self.gdtr.base, self.gdtr.limit, self.idtr.base, self.idtr.limit
+        );
         let _ = writeln!(
             s,
             "cr0={:08x} cr2={:016x} cr3={:016x} cr4={:08x} efer={:05x} xcr0={:x} dr7={:08x}",

@@ -28,6 +28,8 @@ impl Cpu {
             if let Some(exit) = self.boundary() {
                 return exit;
             }
+            // The instruction itself may end single-step mode.
+            let stepping = self.mode.contains(Mode::STEP);
             let next = self.run_blocks();
             if next == Next::FAULT {
                 if let Some(exit) = self.faulted() {
@@ -35,7 +37,7 @@ impl Cpu {
                 }
                 continue;
             }
-            if self.mode.contains(Mode::STEP)
+            if (stepping || self.mode.contains(Mode::STEP))
                 && let Some(exit) = self.stepped()
             {
                 return exit;
@@ -58,6 +60,7 @@ impl Cpu {
 
     /// Runs blocks until one has something to tell, or a signal is pending.
     fn run_blocks(&mut self) -> Next {
+        let stepping = self.mode.contains(Mode::STEP);
         let mut block = match self.lookup() {
             Ok(b) => b,
             Err(_) => return self.fetch_fault(),
@@ -82,7 +85,7 @@ impl Cpu {
                 block = next.0 as *const Block;
                 continue;
             }
-            if next != Next::LOOKUP || self.mode.contains(Mode::STEP) {
+            if next != Next::LOOKUP || stepping || self.mode.contains(Mode::STEP) {
                 return next;
             }
             let link = std::mem::replace(&mut self.link, std::ptr::null());

@@ -68,7 +68,12 @@ mod tests {
     #[test]
     fn forms_convert_both_ways() {
         for bits in 0..64u64 {
-            let r = bits & 1 | (bits & 2) << 1 | (bits & 4) << 2 | (bits & 8) << 3 | (bits & 16) << 3 | (bits & 32) << 6;
+            let r = bits & 1
+                | (bits & 2) << 1
+                | (bits & 4) << 2
+                | (bits & 8) << 3
+                | (bits & 16) << 3
+                | (bits & 32) << 6;
             assert_eq!(to_rflags(from_rflags(r)), r);
             let c = from_rflags(r);
             let (cf, zf, sf, of) = (r & 1 != 0, r & 0x40 != 0, r & 0x80 != 0, r & 0x800 != 0);

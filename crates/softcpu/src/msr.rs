@@ -51,8 +51,21 @@ const MTRRS: u32 = 8;
 const FIXED_MTRRS: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 /// AMD configuration registers that systems read, and write back, without first asking whether they exist.
 const AMD_ZERO: [u32; 15] = [
-    0xc001_0000, 0xc001_0004, 0xc001_0010, 0xc001_001a, 0xc001_001d, 0xc001_001f, 0xc001_0055, 0xc001_0058, 0xc001_0112,
-    0xc001_0113, 0xc001_1020, 0xc001_1023, 0xc001_1029, 0xc001_102a, 0xc001_1022,
+    0xc001_0000,
+    0xc001_0004,
+    0xc001_0010,
+    0xc001_001a,
+    0xc001_001d,
+    0xc001_001f,
+    0xc001_0055,
+    0xc001_0058,
+    0xc001_0112,
+    0xc001_0113,
+    0xc001_1020,
+    0xc001_1023,
+    0xc001_1029,
+    0xc001_102a,
+    0xc001_1022,
 ];
 
 /// Model-specific registers that no other part of the state holds.
@@ -114,10 +127,51 @@ impl Default for Msrs {
 
 /// What [`accel::CpuState::msrs`] holds, in the order of loading.
 pub const SAVED: &[u32] = &[
-    SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, STAR, LSTAR, CSTAR, FMASK, KERNEL_GS_BASE, TSC, TSC_ADJUST, TSC_AUX, PAT,
-    MISC_ENABLE, MCG_STATUS, MTRR_DEF_TYPE, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
-    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f, HWCR,
-    KVM_WALL_CLOCK_NEW, KVM_SYSTEM_TIME_NEW,
+    SYSENTER_CS,
+    SYSENTER_ESP,
+    SYSENTER_EIP,
+    STAR,
+    LSTAR,
+    CSTAR,
+    FMASK,
+    KERNEL_GS_BASE,
+    TSC,
+    TSC_ADJUST,
+    TSC_AUX,
+    PAT,
+    MISC_ENABLE,
+    MCG_STATUS,
+    MTRR_DEF_TYPE,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    HWCR,
+    KVM_WALL_CLOCK_NEW,
+    KVM_SYSTEM_TIME_NEW,
 ];
 
 /// Multiplier and shift that turn TSC ticks into nanoseconds the way the paravirtual clock does:
@@ -216,7 +270,11 @@ impl Cpu {
         match self.set_msr(msr, value) {
             Some(()) => Ok(()),
             None => {
-                tracing::debug!(msr = format_args!("{msr:#x}"), value = format_args!("{value:#x}"), "refused MSR write");
+                tracing::debug!(
+                    msr = format_args!("{msr:#x}"),
+                    value = format_args!("{value:#x}"),
+                    "refused MSR write"
+                );
                 Err(self.gp(0))
             }
         }
@@ -228,7 +286,8 @@ impl Cpu {
         match msr {
             TSC => {
                 let offset = value.wrapping_sub(base::tsc::now());
-                self.msr.tsc_adjust = self.msr.tsc_adjust.wrapping_add(offset.wrapping_sub(self.msr.tsc_offset));
+                self.msr.tsc_adjust =
+                    self.msr.tsc_adjust.wrapping_add(offset.wrapping_sub(self.msr.tsc_offset));
                 self.set_tsc_offset(offset);
             }
             TSC_ADJUST => {
@@ -358,7 +417,7 @@ mod tests {
             let (mul, shift) = pvclock_scale(hz);
             let ticks = hz as u128 * 10;
             let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
-            let ns = shifted * mul as u128 >> 32;
+            let ns = (shifted * mul as u128) >> 32;
             assert!(ns.abs_diff(10_000_000_000) < 100, "{hz}: {ns}");
         }
     }

@@ -82,7 +82,11 @@ impl Stack {
     fn linear(&self, cpu: &mut Cpu, sp: u64, len: u32, write: bool) -> Res<u64> {
         if self.long {
             let end = sp.wrapping_add(len as u64 - 1);
-            return if canonical(sp) && canonical(end) { Ok(sp) } else { Err(cpu.raise_with(vector::SS, self.error)) };
+            return if canonical(sp) && canonical(end) {
+                Ok(sp)
+            } else {
+                Err(cpu.raise_with(vector::SS, self.error))
+            };
         }
         cpu.linear_in(&self.ss, seg::SS, sp as u32, len, write, self.error)
     }

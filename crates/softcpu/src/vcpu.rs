@@ -113,7 +113,8 @@ impl Vcpu for SoftVcpu {
         let cpu = &mut *self.cpu;
         let io: *const (dyn CpuIo + '_) = io;
         // SAFETY: only the lifetime changes; the pointer is forgotten before this function returns.
-        cpu.io = Some(unsafe { std::mem::transmute::<*const (dyn CpuIo + '_), *const (dyn CpuIo + 'static)>(io) });
+        cpu.io =
+            Some(unsafe { std::mem::transmute::<*const (dyn CpuIo + '_), *const (dyn CpuIo + 'static)>(io) });
         cpu.me.set_inside(true);
         cpu.answer_asks();
         let exit = cpu.execute();
@@ -200,7 +201,10 @@ impl Cpu {
             return bad("long mode is active in EFER, but not enabled".into());
         }
         if s.xcr0 & 1 == 0 || s.xcr0 & !crate::fpu::xcr0::SUPPORTED != 0 {
-            return bad(format!("XCR0 {:#x} has state components that the software CPU does not have", s.xcr0));
+            return bad(format!(
+                "XCR0 {:#x} has state components that the software CPU does not have",
+                s.xcr0
+            ));
         }
         self.fpu.from_xsave(&s.xsave).map_err(|e| Error::BadState(e.to_string()))?;
         self.fpu.xcr0 = s.xcr0;
@@ -215,7 +219,8 @@ impl Cpu {
         self.tr = from_segment(&s.tr);
         self.gdtr = Table { base: s.gdtr.base, limit: s.gdtr.limit };
         self.idtr = Table { base: s.idtr.base, limit: s.idtr.limit };
-        (self.cr0, self.cr2, self.cr3, self.cr4, self.efer) = (s.cr0 | cr::CR0_ET, s.cr2, s.cr3, s.cr4, s.efer);
+        (self.cr0, self.cr2, self.cr3, self.cr4, self.efer) =
+            (s.cr0 | cr::CR0_ET, s.cr2, s.cr3, s.cr4, s.efer);
         self.cpl = if self.cr0 & cr::CR0_PE == 0 {
             0
         } else if self.flags & fl::VM != 0 {
@@ -228,9 +233,15 @@ impl Cpu {
         self.dr.copy_from_slice(&s.dr[..4]);
         (self.dr6, self.dr7) = (s.dr[4], s.dr[5] & 0xffff_2bff | 0x400);
         self.mp_state = s.mp_state;
-        self.injected = s.events.exception.map(|(vector, error)| Exception { vector, error, address: s.cr2, ..Default::default() });
+        self.injected = s.events.exception.map(|(vector, error)| Exception {
+            vector,
+            error,
+            address: s.cr2,
+            ..Default::default()
+        });
         self.acknowledged = s.events.interrupt;
-        (self.shadow, self.nmi_pending, self.nmi_masked) = (s.events.shadow, s.events.nmi_pending, s.events.nmi_masked);
+        (self.shadow, self.nmi_pending, self.nmi_masked) =
+            (s.events.shadow, s.events.nmi_pending, s.events.nmi_masked);
         self.pending_db = 0;
         if let Some(apic) = self.apic.clone() {
             if apic.write_msr(msr::index::APIC_BASE, s.apic_base).is_err() {

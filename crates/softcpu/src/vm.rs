@@ -284,7 +284,9 @@ impl Vm for SoftVm {
         {
             let mut map = self.shared.map.write().unwrap_or_else(|e| e.into_inner());
             let without = map.without(slot);
-            *map = Arc::new(without.ok_or_else(|| Error::Unsupported(format!("there is no memory slot {}", slot.0)))?);
+            *map = Arc::new(
+                without.ok_or_else(|| Error::Unsupported(format!("there is no memory slot {}", slot.0)))?,
+            );
         }
         self.shared.logged.lock().unwrap_or_else(|e| e.into_inner()).retain(|s| *s != slot);
         self.shared.flush();

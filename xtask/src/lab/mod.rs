@@ -87,15 +87,20 @@ pub fn task(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// Runs a scenario in the lab host; once more when the lab host itself, not the scenario, came to grief.
+/// Runs a scenario in the lab host; again when the lab host itself, not the scenario, came to grief.
 fn nested(scenario: &Scenario, material: &Material, options: &Options) -> Result<Outcome> {
+    const ATTEMPTS: usize = 3;
     let host = Host::build(scenario, material, options.icount, false)?;
     let limit = Duration::from_secs(scenario.timeout);
-    let mut outcome = run::in_host(&host, &scenario.name, limit)?;
-    if !matches!(outcome, Outcome::Finished(_)) {
+    let mut attempt = 1;
+    let outcome = loop {
+        let outcome = run::in_host(&host, &scenario.name, limit)?;
+        if matches!(outcome, Outcome::Finished(_)) || attempt == ATTEMPTS {
+            break outcome;
+        }
         eprintln!("xtask: lab {}: {outcome}; trying once more", scenario.name);
-        outcome = run::in_host(&host, &scenario.name, limit)?;
-    }
+        attempt += 1;
+    };
     if options.keep {
         eprintln!("xtask: the lab host is kept; start it with:\n{}", host.keep(&scenario.name)?);
     } else {

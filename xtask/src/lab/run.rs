@@ -21,6 +21,8 @@ pub enum Outcome {
     Finished(i32),
     /// The lab host ended without a result.
     HostDied,
+    /// The lab host's kernel says that a processor of it is stuck.
+    Wedged,
     /// It was given up.
     TimedOut(Duration),
 }
@@ -31,6 +33,7 @@ impl fmt::Display for Outcome {
             Outcome::Finished(0) => f.write_str("passed"),
             Outcome::Finished(status) => write!(f, "failed with status {status}"),
             Outcome::HostDied => f.write_str("the lab host ended without a result"),
+            Outcome::Wedged => f.write_str("a processor of the lab host got stuck"),
             Outcome::TimedOut(limit) => write!(f, "no result within {} s", limit.as_secs()),
         }
     }
@@ -71,6 +74,9 @@ pub fn in_host(host: &Host, name: &str, limit: Duration) -> Result<Outcome> {
                 show(name, start, &line, &mut log)?;
                 if let Some(status) = result_line(&line, name) {
                     return Ok(Outcome::Finished(status));
+                }
+                if says_stuck(&line) {
+                    return Ok(Outcome::Wedged);
                 }
             }
             Err(RecvTimeoutError::Timeout) => return Ok(Outcome::TimedOut(limit)),
@@ -159,6 +165,13 @@ fn clean(line: &[u8]) -> String {
     out
 }
 
+/// Whether a console line is the kernel's complaint about a processor that makes no progress.
+///
+/// Under emulation that is an interrupt lost for good: waiting for the time limit would gain nothing.
+fn says_stuck(line: &str) -> bool {
+    line.starts_with('[') && line.contains("watchdog: BUG: soft lockup")
+}
+
 /// The status in `LAB-RESULT scenario status`.
 fn result_line(line: &str, name: &str) -> Option<i32> {
     line.strip_prefix("LAB-RESULT ")?.trim().strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok()
@@ -174,6 +187,12 @@ mod tests {
         assert_eq!(result_line("LAB-RESULT boot 3", "boot"), Some(3));
         assert_eq!(result_line("LAB-RESULT boot-two 0", "boot"), None);
         assert_eq!(result_line("echo LAB-RESULT boot 0", "boot"), None);
+    }
+
+    #[test]
+    fn a_stuck_processor() {
+        assert!(says_stuck("[  220.448599] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [vcpu0:262]"));
+        assert!(!says_stuck("    [  220.448599] watchdog: BUG: soft lockup"), "a guest's output, shown by a scenario");
     }
 
     #[test]

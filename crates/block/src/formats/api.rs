@@ -276,7 +276,9 @@ impl Preallocation {
             "falloc" => Preallocation::Falloc,
             "full" => Preallocation::Full,
             _ => {
-                return Err(Error::usage(format!("Invalid parameter '{text}'; preallocation is off, metadata, falloc or full")));
+                return Err(Error::usage(format!(
+                    "Invalid parameter '{text}'; preallocation is off, metadata, falloc or full"
+                )));
             }
         })
     }

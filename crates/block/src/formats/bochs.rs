@@ -194,6 +194,9 @@ mod tests {
         expected[4096..4608].fill(7);
         expected[5120..5632].fill(9);
         assert!(buf == expected);
+        if let Some(theirs) = support::read_by_qemu("bochs", &sample()) {
+            assert!(theirs == expected);
+        }
         let writer = OpenOptions::writer(Some("bochs"));
         assert!(Image::open_storage(Arc::new(MemoryStorage::new(sample())), "x", &writer).is_err());
     }

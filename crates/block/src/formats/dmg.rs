@@ -90,11 +90,14 @@ fn read_table(b: &[u8], data_fork: u64, chunks: &mut Vec<Chunk>) -> Result<()> {
         let start = first.checked_add(sector).and_then(|s| s.checked_mul(512));
         let len = sectors.checked_mul(512);
         let end = start.zip(len).and_then(|(s, l)| s.checked_add(l)).filter(|&e| e <= i64::MAX as u64);
-        let host = data_fork.checked_add(data).and_then(|h| h.checked_add(offset)).filter(|&h| h <= i64::MAX as u64);
+        let host =
+            data_fork.checked_add(data).and_then(|h| h.checked_add(offset)).filter(|&h| h <= i64::MAX as u64);
         let (Some(start), Some(len), Some(_), Some(host)) = (start, len, end, host) else {
             return Err(bad("a chunk lies beyond 8 EiB"));
         };
-        if method != Method::Zero && (stored > MAX_CHUNK * 512 + (1 << 20) || (method == Method::Plain && stored < len)) {
+        if method != Method::Zero
+            && (stored > MAX_CHUNK * 512 + (1 << 20) || (method == Method::Plain && stored < len))
+        {
             return Err(bad(format!("length {stored} of a chunk makes no sense")));
         }
         if chunks.len() >= MAX_CHUNKS {
@@ -258,7 +261,9 @@ impl Format for Dmg {
         let len = len.min(chunk.start + chunk.len - offset);
         let mapping = match chunk.method {
             Method::Zero => Mapping::Zero { host: None },
-            Method::Plain => Mapping::Data { file: 0, host: chunk.host + (offset - chunk.start), in_place: false },
+            Method::Plain => {
+                Mapping::Data { file: 0, host: chunk.host + (offset - chunk.start), in_place: false }
+            }
             Method::Unsupported(kind) => {
                 let name = if kind == 0x8000_0007 { "LZFSE" } else { "LZMA" };
                 return Err(Error::unsupported(format!(
@@ -280,8 +285,11 @@ impl Format for Dmg {
     }
 
     fn decode(&self, extent: &Extent, stored: &[u8], out: &mut [u8]) -> Result<()> {
-        let damaged = |what: &str| Error::Corrupt(format!("the compressed chunk at {:#x} {what}", extent.offset));
-        let Mapping::Compressed { method: index, .. } = extent.mapping else { return Err(damaged("is none")) };
+        let damaged =
+            |what: &str| Error::Corrupt(format!("the compressed chunk at {:#x} {what}", extent.offset));
+        let Mapping::Compressed { method: index, .. } = extent.mapping else {
+            return Err(damaged("is none"));
+        };
         let method = self.chunks.get(index as usize).map(|c| c.method);
         let filled = match method {
             Some(Method::Zlib) => {

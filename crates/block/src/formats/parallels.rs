@@ -4,7 +4,8 @@
 //! asks for a repair, is therefore not set. Where another program left it, the image is checked first.
 
 use super::{
-    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
+    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent,
     support::{self, MetaCache, Places, Slot, Tail, flush_ordered, le32, le64, put},
 };
 use crate::{
@@ -138,7 +139,8 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         touched: AtomicBool::new(header.extension == 0),
         serial: Mutex::new(()),
     };
-    if header.in_use && !opening.read_only && !opening.for_check && image.check(Repair::All)?.corruptions > 0 {
+    if header.in_use && !opening.read_only && !opening.for_check && image.check(Repair::All)?.corruptions > 0
+    {
         return Err(Error::Corrupt(format!(
             "'{}' was not closed cleanly and has damage that cannot be repaired",
             image.storages[0].name()
@@ -152,15 +154,21 @@ fn create(creation: Creation<'_>) -> Result<()> {
     if !(512..=128 << 20).contains(&cluster) {
         return Err(Error::usage("Cluster size must be between 512 bytes and 128 MiB"));
     }
-    let size = creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
-    let entries = u32::try_from(size.div_ceil(cluster)).ok().filter(|&e| u64::from(e) * cluster <= u64::from(u32::MAX - 4096) * cluster);
+    let size =
+        creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
+    let entries = u32::try_from(size.div_ceil(cluster))
+        .ok()
+        .filter(|&e| u64::from(e) * cluster <= u64::from(u32::MAX - 4096) * cluster);
     let entries = entries.ok_or_else(|| Error::usage("Image size is too large for this cluster size"))?;
     let data = (HEADER as u64 + u64::from(entries) * 4).next_multiple_of(cluster);
-    let data_sectors = u32::try_from(data / 512).map_err(|_| Error::usage("Image size is too large for this cluster size"))?;
+    let data_sectors = u32::try_from(data / 512)
+        .map_err(|_| Error::usage("Image size is too large for this cluster size"))?;
     let mut b = [0; HEADER];
     put(&mut b, 0, MAGIC_CLUSTERS);
     let cylinders = u32::try_from(size / 512 / 16 / 32).unwrap_or(u32::MAX);
-    for (at, value) in [(16, 2), (20, 16), (24, cylinders), (28, (cluster / 512) as u32), (32, entries), (48, data_sectors)] {
+    for (at, value) in
+        [(16, 2), (20, 16), (24, cylinders), (28, (cluster / 512) as u32), (32, entries), (48, data_sectors)]
+    {
         put(&mut b, at, &value.to_le_bytes());
     }
     put(&mut b, 36, &(size / 512).to_le_bytes());
@@ -197,7 +205,9 @@ impl Parallels {
         for first in (0..entries).step_by(1 << 14) {
             let n = (entries - first).min(1 << 14) as usize;
             self.table.read(HEADER as u64 + first * 4, &mut bytes[..n * 4])?;
-            for (i, entry) in bytes[..n * 4].chunks_exact(4).map(|e| le32(e, 0)).enumerate().filter(|(_, e)| *e != 0) {
+            for (i, entry) in
+                bytes[..n * 4].chunks_exact(4).map(|e| le32(e, 0)).enumerate().filter(|(_, e)| *e != 0)
+            {
                 f(first + i as u64, u64::from(entry) * self.header.multiplier);
             }
         }
@@ -234,7 +244,8 @@ impl Format for Parallels {
     }
 
     fn info(&self) -> Result<Info> {
-        Ok(Info { cluster_size: Some(self.header.cluster), dirty: self.in_use.load(Ordering::Acquire), ..Info::default() })
+        // QEMU tells no cluster size for this format, and what reads its output expects none.
+        Ok(Info { dirty: self.in_use.load(Ordering::Acquire), ..Info::default() })
     }
 
     fn storages(&self) -> &[Arc<dyn Storage>] {
@@ -246,7 +257,9 @@ impl Format for Parallels {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        support::map_units((0, self.header.cluster), (offset, len), out, |first, slots| self.lookup(first, slots))
+        support::map_units((0, self.header.cluster), (offset, len), out, |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
@@ -322,11 +335,14 @@ impl Format for Parallels {
         let mut used = Places::new(file_size / cluster.max(multiplier) + 1)?;
         let (mut last, mut end, mut wrong) = (None, data, Vec::new());
         self.each(|index, place| {
-            let inside = place >= data.min(HEADER as u64 + u64::from(entries) * 4) && place + cluster <= file_size.max(data).next_multiple_of(512);
+            let inside = place >= data.min(HEADER as u64 + u64::from(entries) * 4)
+                && place + cluster <= file_size.max(data).next_multiple_of(512);
             let free = !place.is_multiple_of(cluster) || used.claim(place / cluster);
             if !inside || !free {
                 report.corruptions += 1;
-                report.say(format!("ERROR cluster {index} at {place:#x} is outside of the image or used twice"));
+                report.say(format!(
+                    "ERROR cluster {index} at {place:#x} is outside of the image or used twice"
+                ));
                 // What keeps memory bounded with a hostile table: repairs come in rounds.
                 if wrong.len() < 1 << 16 {
                     wrong.push(index);
@@ -407,7 +423,9 @@ mod tests {
         put(&mut bytes, 68, &1u32.to_le_bytes());
         put(&mut bytes, 72, &900u32.to_le_bytes());
         let storage = Arc::new(MemoryStorage::new(bytes));
-        let image = crate::Image::open_storage(storage.clone(), "x", &crate::OpenOptions::writer(Some("parallels"))).unwrap();
+        let image =
+            crate::Image::open_storage(storage.clone(), "x", &crate::OpenOptions::writer(Some("parallels")))
+                .unwrap();
         assert_eq!(image.format().check(Repair::None).unwrap().allocated_clusters, 1);
         image.close().unwrap();
         assert_eq!(le32(&storage.snapshot(), IN_USE_AT as usize), 0);

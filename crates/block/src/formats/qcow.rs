@@ -70,7 +70,10 @@ impl Header {
             return Err(bad("wrong signature".into()));
         }
         if be32(b, 4) != 1 {
-            return Err(Error::unsupported(format!("qcow version {} is not version 1; use the qcow2 format", be32(b, 4))));
+            return Err(Error::unsupported(format!(
+                "qcow version {} is not version 1; use the qcow2 format",
+                be32(b, 4)
+            )));
         }
         let header = Header {
             name: (be64(b, 8), be32(b, 16)),
@@ -80,7 +83,9 @@ impl Header {
             encrypted: match be32(b, 36) {
                 0 => false,
                 1 => true,
-                other => return Err(Error::unsupported(format!("Unsupported qcow encryption method {other}"))),
+                other => {
+                    return Err(Error::unsupported(format!("Unsupported qcow encryption method {other}")));
+                }
             },
             l1: be64(b, 40),
         };
@@ -172,7 +177,8 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     }
     let backing = if header.name.0 != 0 {
         let name = storage.read_vec(header.name.0, header.name.1 as usize)?;
-        let name = String::from_utf8(name).map_err(|_| Error::invalid("the qcow backing file's name is not UTF-8"))?;
+        let name = String::from_utf8(name)
+            .map_err(|_| Error::invalid("the qcow backing file's name is not UTF-8"))?;
         Some(Backing { name, format: None })
     } else {
         None
@@ -199,7 +205,9 @@ fn create(creation: Creation<'_>) -> Result<()> {
     let encrypted = match creation.options.take("encrypt.format").as_deref() {
         None => old_style,
         Some("aes") => true,
-        Some(other) => return Err(Error::usage(format!("Invalid encryption format '{other}'; qcow images take aes"))),
+        Some(other) => {
+            return Err(Error::usage(format!("Invalid encryption format '{other}'; qcow images take aes")));
+        }
     };
     let key = cipher(creation.options, creation.secrets)?;
     if encrypted && key.is_none() {
@@ -211,12 +219,14 @@ fn create(creation: Creation<'_>) -> Result<()> {
     if creation.size == 0 {
         return Err(Error::usage("Image size is too small, cannot be zero length"));
     }
-    let size = creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
+    let size =
+        creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
     // Small clusters on top of a backing file: fewer bytes are copied up.
     let (cluster_bits, leaf_bits) = if creation.backing.is_some() { (9, 12) } else { (12, 9) };
     let name = creation.backing.as_ref().map_or("", |b| b.name.as_str());
     let name_len = u32::try_from(name.len()).ok().filter(|&l| l <= MAX_NAME);
-    let name_len = name_len.ok_or_else(|| Error::usage(format!("Backing file name is too long (at most {MAX_NAME} bytes)")))?;
+    let name_len = name_len
+        .ok_or_else(|| Error::usage(format!("Backing file name is too long (at most {MAX_NAME} bytes)")))?;
     let header = Header {
         name: if name.is_empty() { (0, 0) } else { (HEADER as u64, name_len) },
         size,
@@ -287,12 +297,18 @@ impl Format for Qcow {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        support::map_units((0, self.header.cluster()), (offset, len), out, |first, slots| self.lookup(first, slots))
+        support::map_units((0, self.header.cluster()), (offset, len), out, |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn decode(&self, extent: &Extent, stored: &[u8], out: &mut [u8]) -> Result<()> {
         let damaged = |what: &str| {
-            Error::Corrupt(format!("'{}': the compressed cluster at {:#x} {what}", self.storages[0].name(), extent.offset))
+            Error::Corrupt(format!(
+                "'{}': the compressed cluster at {:#x} {what}",
+                self.storages[0].name(),
+                extent.offset
+            ))
         };
         INFLATE.with_borrow_mut(|state| {
             let inflate = state.get_or_insert_with(|| Decompress::new(false));
@@ -352,7 +368,9 @@ impl Format for Qcow {
 
     fn compress(&self, unit: &[u8]) -> Result<Option<Vec<u8>>> {
         if self.header.encrypted {
-            return Err(Error::unsupported("Compression and encryption cannot be used together in qcow images"));
+            return Err(Error::unsupported(
+                "Compression and encryption cannot be used together in qcow images",
+            ));
         }
         let mut whole;
         let unit = if unit.len() as u64 == self.header.cluster() {
@@ -363,8 +381,9 @@ impl Format for Qcow {
             &whole
         };
         DEFLATE.with_borrow_mut(|state| {
-            let deflate =
-                state.get_or_insert_with(|| Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS));
+            let deflate = state.get_or_insert_with(|| {
+                Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS)
+            });
             deflate.reset();
             // The length's field holds one byte less than a cluster.
             let mut packed = vec![0; unit.len() - 1];

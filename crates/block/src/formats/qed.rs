@@ -4,7 +4,8 @@
 //! that the format's dirty mark asks for, so the mark is not set. Where another program left it, the image is checked first.
 
 use super::{
-    Backing, CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
+    Backing, CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent,
     support::{self, Places, Shape, Slot, TwoLevel, le32, le64, put},
 };
 use crate::{
@@ -25,8 +26,18 @@ pub static DRIVER: Driver = Driver {
     create: Some(create),
     measure: None,
     options: &[
-        OptionSpec { name: "cluster_size", kind: OptionKind::Size, help: "Cluster size (in bytes)", default: Some("65536") },
-        OptionSpec { name: "table_size", kind: OptionKind::Size, help: "L1/L2 table size (in clusters)", default: None },
+        OptionSpec {
+            name: "cluster_size",
+            kind: OptionKind::Size,
+            help: "Cluster size (in bytes)",
+            default: Some("65536"),
+        },
+        OptionSpec {
+            name: "table_size",
+            kind: OptionKind::Size,
+            help: "L1/L2 table size (in clusters)",
+            default: None,
+        },
     ],
     backing: true,
 };
@@ -97,7 +108,10 @@ impl Header {
         if !header.size.is_multiple_of(512) || header.size > max_size(header.cluster, header.table) {
             return Err(bad(format!("disk size {}", header.size)));
         }
-        if !header.l1.is_multiple_of(header.cluster) || header.l1 < header.header * header.cluster || header.l1 > i64::MAX as u64 / 2 {
+        if !header.l1.is_multiple_of(header.cluster)
+            || header.l1 < header.header * header.cluster
+            || header.l1 > i64::MAX as u64 / 2
+        {
             return Err(bad(format!("first-level table at {:#x}", header.l1)));
         }
         if header.features & feature::BACKING_FILE != 0 {
@@ -166,11 +180,14 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     let mut header = Header::parse(&bytes)?;
     let file_size = storage.size()?;
     if header.l1 + header.entries() * 8 > file_size.next_multiple_of(header.cluster) {
-        return Err(Error::invalid("Invalid QED image: the first-level table reaches past the end of the file"));
+        return Err(Error::invalid(
+            "Invalid QED image: the first-level table reaches past the end of the file",
+        ));
     }
     let backing = if header.features & feature::BACKING_FILE != 0 {
         let name = storage.read_vec(header.name.0.into(), header.name.1 as usize)?;
-        let name = String::from_utf8(name).map_err(|_| Error::invalid("the QED backing file's name is not UTF-8"))?;
+        let name = String::from_utf8(name)
+            .map_err(|_| Error::invalid("the QED backing file's name is not UTF-8"))?;
         let format = (header.features & feature::BACKING_RAW != 0).then(|| "raw".to_owned());
         Some(Backing { name, format })
     } else {
@@ -182,7 +199,9 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         storage.write_at(&header.encode(), 0)?;
         storage.flush()?;
     }
-    let next = file_size.checked_next_multiple_of(header.cluster).ok_or_else(|| Error::invalid("The file is too large"))?;
+    let next = file_size
+        .checked_next_multiple_of(header.cluster)
+        .ok_or_else(|| Error::invalid("The file is too large"))?;
     let shape = Shape {
         root: (header.l1, header.entries()),
         leaf_entries: header.entries(),
@@ -221,7 +240,10 @@ fn create(creation: Creation<'_>) -> Result<()> {
     }
     let size = creation.size.checked_next_multiple_of(512).filter(|&s| s <= max_size(cluster, table));
     let size = size.ok_or_else(|| {
-        Error::usage(format!("QED image size must be a non-zero multiple of cluster size and less than {} bytes", max_size(cluster, table)))
+        Error::usage(format!(
+            "QED image size must be a non-zero multiple of cluster size and less than {} bytes",
+            max_size(cluster, table)
+        ))
     })?;
     let mut header = Header {
         cluster,
@@ -248,7 +270,9 @@ impl Header {
         self.name = (0, 0);
         let Some(backing) = backing else { return Ok("") };
         let len = u32::try_from(backing.name.len()).ok().filter(|l| (1..=MAX_NAME).contains(l));
-        let len = len.ok_or_else(|| Error::usage(format!("Backing file name is too long (at most {MAX_NAME} bytes)")))?;
+        let len = len.ok_or_else(|| {
+            Error::usage(format!("Backing file name is too long (at most {MAX_NAME} bytes)"))
+        })?;
         self.features |= feature::BACKING_FILE;
         if backing.format.as_deref() == Some("raw") {
             self.features |= feature::BACKING_RAW;
@@ -348,7 +372,9 @@ impl Format for Qed {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        support::discard_units((&self.storages[0], self.cluster), (offset, len), |first, slots| self.lookup(first, slots))
+        support::discard_units((&self.storages[0], self.cluster), (offset, len), |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn flush(&self) -> Result<()> {
@@ -357,7 +383,10 @@ impl Format for Qed {
 
     fn resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         if preallocation != Preallocation::Off {
-            return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", preallocation.name())));
+            return Err(Error::unsupported(format!(
+                "Unsupported preallocation mode '{}'",
+                preallocation.name()
+            )));
         }
         let mut header = self.header();
         if size < header.size {
@@ -396,12 +425,16 @@ impl Format for Qed {
         let mut used = Places::new(clusters)?;
         let mut report =
             CheckReport { total_clusters: header.size.div_ceil(self.cluster), ..CheckReport::default() };
-        for place in (0..header.header).chain(header.l1 / self.cluster..header.l1 / self.cluster + header.table) {
+        for place in
+            (0..header.header).chain(header.l1 / self.cluster..header.l1 / self.cluster + header.table)
+        {
             used.claim(place);
         }
         let entries = header.entries();
         let in_file = |offset: u64, count: u64| {
-            offset.is_multiple_of(self.cluster) && offset / self.cluster + count <= clusters && offset > header.l1
+            offset.is_multiple_of(self.cluster)
+                && offset / self.cluster + count <= clusters
+                && offset > header.l1
         };
         let mut last = None;
         for index in 0..report.total_clusters.div_ceil(entries) {
@@ -417,7 +450,9 @@ impl Format for Qed {
             }
             if !sound {
                 report.corruptions += 1;
-                report.say(format!("ERROR: second-level table {index} at {leaf:#x} is outside of the file or used twice"));
+                report.say(format!(
+                    "ERROR: second-level table {index} at {leaf:#x} is outside of the file or used twice"
+                ));
                 if repair == Repair::All {
                     self.tables.clear_root(index)?;
                     report.corruptions_fixed += 1;
@@ -433,7 +468,10 @@ impl Format for Qed {
                     let sound = in_file(place, 1) && used.claim(place / self.cluster);
                     if !sound {
                         report.corruptions += 1;
-                        report.say(format!("ERROR: cluster {} at {place:#x} is outside of the file or used twice", unit + i as u64));
+                        report.say(format!(
+                            "ERROR: cluster {} at {place:#x} is outside of the file or used twice",
+                            unit + i as u64
+                        ));
                         if repair == Repair::All {
                             self.tables.set(unit + i as u64, 0)?;
                             report.corruptions_fixed += 1;
@@ -441,7 +479,8 @@ impl Format for Qed {
                         continue;
                     }
                     report.allocated_clusters += 1;
-                    report.fragmented_clusters += u64::from(last.is_some_and(|l: u64| l + self.cluster != place));
+                    report.fragmented_clusters +=
+                        u64::from(last.is_some_and(|l: u64| l + self.cluster != place));
                     last = Some(place);
                 }
                 unit += n as u64;

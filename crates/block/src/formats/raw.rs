@@ -1,7 +1,8 @@
 //! Raw: the guest's bytes as they are, optionally a window (`offset`, `size`) into a larger file.
 
 use super::{
-    Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation, ProbeInput, WriteExtent,
+    Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation,
+    ProbeInput, WriteExtent,
 };
 use crate::{
     Error, Result,
@@ -62,7 +63,9 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         opening.storage
     } else {
         let room = held.checked_sub(offset).ok_or_else(|| {
-            Error::usage(format!("Offset ({offset}) cannot be greater than size of the containing file ({held})"))
+            Error::usage(format!(
+                "Offset ({offset}) cannot be greater than size of the containing file ({held})"
+            ))
         })?;
         let size = size.unwrap_or(room);
         if size > room {
@@ -74,7 +77,10 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         Arc::new(Window::new(opening.storage, offset, size)?)
     };
     // The size of a disk is a number of sectors; a file's last partial sector reads as if padded with zeros.
-    let size = storage.size()?.checked_next_multiple_of(512).ok_or_else(|| Error::invalid("The file is too large"))?;
+    let size = storage
+        .size()?
+        .checked_next_multiple_of(512)
+        .ok_or_else(|| Error::invalid("The file is too large"))?;
     Ok(Box::new(Raw { storages: [storage], size: AtomicU64::new(size), base: Some(0) }))
 }
 
@@ -103,7 +109,9 @@ pub(super) fn allocate(storage: &dyn Storage, offset: u64, len: u64, mode: Preal
         Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => match storage.allocate(offset, len)? {
             Zeroing::Done => Ok(()),
-            Zeroing::Unsupported => Err(Error::unsupported("The file system cannot preallocate with falloc; use full")),
+            Zeroing::Unsupported => {
+                Err(Error::unsupported("The file system cannot preallocate with falloc; use full"))
+            }
         },
         Preallocation::Full => {
             let mut at = offset;
@@ -154,7 +162,17 @@ impl Format for Raw {
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
-        out.push(WriteExtent { offset, len, file: 0, host: offset, new: false, head: 0, tail: 0, fresh: false, cookie: 0 });
+        out.push(WriteExtent {
+            offset,
+            len,
+            file: 0,
+            host: offset,
+            new: false,
+            head: 0,
+            tail: 0,
+            fresh: false,
+            cookie: 0,
+        });
         Ok(())
     }
 

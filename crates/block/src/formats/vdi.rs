@@ -4,7 +4,8 @@
 //! last. Other programs allocate by that count alone, so it is made durable before any table entry that relies on it.
 
 use super::{
-    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
+    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent,
     support::{self, MetaCache, Places, Slot, Tail, flush_ordered, le32, le64, put},
 };
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
     options::{OptionKind, OptionSpec},
     storage::{Storage, StorageExt, Zeroing},
 };
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 /// The format.
 pub static DRIVER: Driver = Driver {
@@ -21,14 +22,12 @@ pub static DRIVER: Driver = Driver {
     open,
     create: Some(create),
     measure: None,
-    options: &[
-        OptionSpec {
-            name: "static",
-            kind: OptionKind::Bool,
-            help: "VDI static (pre-allocated) image",
-            default: Some("off"),
-        },
-    ],
+    options: &[OptionSpec {
+        name: "static",
+        kind: OptionKind::Bool,
+        help: "VDI static (pre-allocated) image",
+        default: Some("off"),
+    }],
     backing: false,
 };
 
@@ -167,11 +166,16 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
 fn create(creation: Creation<'_>) -> Result<()> {
     let is_static = creation.options.take_bool("static")?.unwrap_or(false);
     let block = u64::from(DEFAULT_BLOCK);
-    let size = creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
+    let size =
+        creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
     // The data offset is a 32-bit number of bytes, so the table has to end below 4 GiB.
-    let blocks = u32::try_from(size.div_ceil(block)).ok().filter(|&b| b < u32::MAX / 4 - 512).ok_or_else(|| {
-        Error::unsupported(format!("Unsupported VDI image size (size is {size:#x}, max is {:#x})", u64::from(u32::MAX / 4 - 512) << 20))
-    })?;
+    let blocks =
+        u32::try_from(size.div_ceil(block)).ok().filter(|&b| b < u32::MAX / 4 - 512).ok_or_else(|| {
+            Error::unsupported(format!(
+                "Unsupported VDI image size (size is {size:#x}, max is {:#x})",
+                u64::from(u32::MAX / 4 - 512) << 20
+            ))
+        })?;
     let table = HEADER as u64;
     let data = table + (u64::from(blocks) * 4).next_multiple_of(512);
     let mut header = [0; HEADER];
@@ -262,15 +266,13 @@ impl Vdi {
         for first in (0..u64::from(self.header.blocks)).step_by(1 << 14) {
             let n = (u64::from(self.header.blocks) - first).min(1 << 14) as usize;
             self.storages[0].read_at(&mut bytes[..n * 4], self.header.table + first * 4)?;
-            for entry in bytes[..n * 4].chunks_exact(4).map(|e| le32(e, 0)).filter(|&e| e < self.header.blocks) {
+            for entry in
+                bytes[..n * 4].chunks_exact(4).map(|e| le32(e, 0)).filter(|&e| e < self.header.blocks)
+            {
                 next = next.max(entry + 1);
             }
         }
         Ok(next)
-    }
-
-    fn serial(&self) -> MutexGuard<'_, ()> {
-        self.serial.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -292,7 +294,9 @@ impl Format for Vdi {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        support::map_units((0, self.header.block), (offset, len), out, |first, slots| self.lookup(first, slots))
+        support::map_units((0, self.header.block), (offset, len), out, |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
@@ -378,7 +382,8 @@ impl Format for Vdi {
                     report.say(format!("ERROR: block index {entry} also used by {index}"));
                 }
                 report.allocated_clusters += 1;
-                report.fragmented_clusters += u64::from(last.is_some_and(|l: u32| l.wrapping_add(1) != entry));
+                report.fragmented_clusters +=
+                    u64::from(last.is_some_and(|l: u32| l.wrapping_add(1) != entry));
                 last = Some(entry);
                 next = next.max(entry + 1);
             }
@@ -390,15 +395,16 @@ impl Format for Vdi {
             let fixable = repair == Repair::All && next == allocated && report.corruptions == 0;
             if counted > allocated {
                 report.leaks += u64::from(counted - allocated);
-                report.say(format!("Leaked blocks: the header counts {counted}, the table refers to {allocated}"));
+                report.say(format!(
+                    "Leaked blocks: the header counts {counted}, the table refers to {allocated}"
+                ));
             } else {
                 report.corruptions += 1;
                 report.say(format!("ERROR: allocated blocks mismatch, is {allocated}, should be {counted}"));
             }
             if fixable || (repair != Repair::None && counted > allocated && next == allocated) {
-                let _serial = self.serial();
-                self.storages[0].write_at(&allocated.to_le_bytes(), at::ALLOCATED as u64)?;
-                self.storages[0].flush()?;
+                self.count.write(at::ALLOCATED as u64, &allocated.to_le_bytes())?;
+                flush_ordered(&self.serial, &*self.storages[0], &[&self.count], || Ok(()))?;
                 if counted > allocated {
                     report.leaks_fixed = std::mem::take(&mut report.leaks);
                 } else {

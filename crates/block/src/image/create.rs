@@ -29,19 +29,24 @@ pub struct Create {
 
 /// Creates an image; the result is its size in bytes.
 pub fn create_image(create: &Create) -> Result<u64> {
-    let driver =
-        formats::find(&create.format).ok_or_else(|| Error::usage(format!("Unknown file format '{}'", create.format)))?;
+    let driver = formats::find(&create.format)
+        .ok_or_else(|| Error::usage(format!("Unknown file format '{}'", create.format)))?;
     let make = driver.create.ok_or_else(|| {
         Error::unsupported(format!("Format driver '{}' does not support image creation", create.format))
     })?;
     let mut size = create.size;
     if let Some(backing) = &create.backing {
         if !driver.backing {
-            return Err(Error::usage(format!("Backing file not supported for file format '{}'", create.format)));
+            return Err(Error::usage(format!(
+                "Backing file not supported for file format '{}'",
+                create.format
+            )));
         }
         let full = storage::join_name(&create.name, &backing.name);
         if full == create.name {
-            return Err(Error::usage("Error: Trying to create an image with the same filename as the backing file"));
+            return Err(Error::usage(
+                "Error: Trying to create an image with the same filename as the backing file",
+            ));
         }
         if size.is_none() || !create.unsafe_backing {
             let options = OpenOptions {

@@ -108,7 +108,10 @@ impl Image {
     }
 
     fn storage_of(&self, file: u16) -> Result<&Arc<dyn Storage>> {
-        self.format.storages().get(usize::from(file)).ok_or_else(|| Error::invalid("the image names no such file"))
+        self.format
+            .storages()
+            .get(usize::from(file))
+            .ok_or_else(|| Error::invalid("the image names no such file"))
     }
 
     fn read_extent(&self, extent: &Extent, buf: &mut [u8]) -> Result<()> {
@@ -143,7 +146,9 @@ impl Image {
             Mapping::Compressed { unit_start, .. } => {
                 let unit = self.decoded(extent)?;
                 let at = (extent.offset - unit_start) as usize;
-                let part = unit.get(at..at + buf.len()).ok_or_else(|| Error::invalid("a compressed unit is too short"))?;
+                let part = unit
+                    .get(at..at + buf.len())
+                    .ok_or_else(|| Error::invalid("a compressed unit is too short"))?;
                 buf.copy_from_slice(part);
                 Ok(())
             }
@@ -296,7 +301,10 @@ impl Image {
                 self.read_locked(&mut bytes[..whole as usize], start)?;
             }
             bytes[(at - start) as usize..(stop - start) as usize].copy_from_slice(part);
-            let packed = self.format.compress(&bytes)?.ok_or_else(|| Error::invalid("the format did not compress a unit"))?;
+            let packed = self
+                .format
+                .compress(&bytes)?
+                .ok_or_else(|| Error::invalid("the format did not compress a unit"))?;
             self.format.write_compressed(start, &packed)?;
             at = stop;
         }

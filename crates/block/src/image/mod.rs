@@ -91,7 +91,10 @@ pub struct Image {
 
 impl std::fmt::Debug for Image {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Image").field("name", &self.name).field("format", &self.driver.name).finish_non_exhaustive()
+        f.debug_struct("Image")
+            .field("name", &self.name)
+            .field("format", &self.driver.name)
+            .finish_non_exhaustive()
     }
 }
 

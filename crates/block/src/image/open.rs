@@ -68,7 +68,8 @@ pub(super) struct Neighbours<'a> {
 impl Siblings for Neighbours<'_> {
     fn open(&self, name: &str, read_only: bool) -> Result<Arc<dyn Storage>> {
         let name = storage::join_name(self.base, name);
-        let options = StorageOptions { read_only: read_only || self.options.read_only, ..self.options.clone() };
+        let options =
+            StorageOptions { read_only: read_only || self.options.read_only, ..self.options.clone() };
         let storage = storage::open(&Location::parse(&name)?, &options)?;
         storage.set_permissions(self.permissions)?;
         Ok(storage)
@@ -138,7 +139,16 @@ fn locate(options: &mut OpenOptions) -> Result<Location> {
     }
     let mut map = file.into_map();
     let mut rest = Options::new();
-    for key in ["locking", "cache.direct", "cache.no-flush", "discard", "read-only", "aio", "node-name", "detect-zeroes"] {
+    for key in [
+        "locking",
+        "cache.direct",
+        "cache.no-flush",
+        "discard",
+        "read-only",
+        "aio",
+        "node-name",
+        "detect-zeroes",
+    ] {
         if let Some(value) = map.remove(key) {
             rest.set(&format!("file.{key}"), value);
         }
@@ -182,7 +192,9 @@ fn storage_options(options: &mut OpenOptions) -> Result<StorageOptions> {
     match file.take("locking").as_deref() {
         None | Some("auto" | "on") => {}
         Some("off") => options.no_locks = true,
-        Some(other) => return Err(Error::usage(format!("Parameter 'locking' does not accept value '{other}'"))),
+        Some(other) => {
+            return Err(Error::usage(format!("Parameter 'locking' does not accept value '{other}'")));
+        }
     }
     // The engine is chosen by the caller of `Image::direct`; both names mean the same files.
     file.take("aio");
@@ -207,11 +219,15 @@ fn open_on(
 ) -> Result<Image> {
     let identity = identity(&*storage);
     if chain.len() >= MAX_CHAIN || identity.is_some_and(|id| chain.contains(&id)) {
-        return Err(Error::invalid(format!("Backing file chain of '{name}' is a loop, or longer than {MAX_CHAIN} images")));
+        return Err(Error::invalid(format!(
+            "Backing file chain of '{name}' is a loop, or longer than {MAX_CHAIN} images"
+        )));
     }
     let mut warnings = Vec::new();
     let driver = match options.format.as_deref() {
-        Some(format) => formats::find(format).ok_or_else(|| Error::usage(format!("Unknown driver '{format}'")))?,
+        Some(format) => {
+            formats::find(format).ok_or_else(|| Error::usage(format!("Unknown driver '{format}'")))?
+        }
         None => {
             let mut head = vec![0; 2048];
             storage.read_at(&mut head, 0)?;

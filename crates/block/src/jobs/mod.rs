@@ -100,7 +100,8 @@ impl Control {
             if rate != mark.2 {
                 mark = (Instant::now(), job.progress().0, rate);
             } else if rate > 0 {
-                let due = Duration::from_secs_f64(job.progress().0.saturating_sub(mark.1) as f64 / rate as f64);
+                let due =
+                    Duration::from_secs_f64(job.progress().0.saturating_sub(mark.1) as f64 / rate as f64);
                 // Short naps, so that a cancel or a new rate is seen soon.
                 std::thread::sleep(due.saturating_sub(mark.0.elapsed()).min(Duration::from_millis(100)));
             }
@@ -203,7 +204,13 @@ fn add_mapped(
 }
 
 /// Copies a range from one image to another, zeros as zeros.
-fn copy_range(from: &crate::Image, to: &crate::Image, offset: u64, len: u64, buf: &mut Vec<u8>) -> Result<()> {
+fn copy_range(
+    from: &crate::Image,
+    to: &crate::Image,
+    offset: u64,
+    len: u64,
+    buf: &mut Vec<u8>,
+) -> Result<()> {
     buf.resize(len as usize, 0);
     from.read_at(buf, offset)?;
     if crate::is_zero(buf) { to.write_zeroes(offset, len, true) } else { to.write_at(buf, offset) }

@@ -37,9 +37,15 @@ impl NbdAddress {
     /// Reads `nbd://host:port/export`, `nbd+unix:///export?socket=path`, `nbd:host:port[:exportname=x]` and
     /// `nbd:unix:path[:exportname=x]`.
     pub fn parse(name: &str) -> Result<Self> {
-        let bad = || Error::usage(format!("Invalid NBD name '{name}'; use nbd://host[:port]/export or nbd+unix:///export?socket=path"));
+        let bad = || {
+            Error::usage(format!(
+                "Invalid NBD name '{name}'; use nbd://host[:port]/export or nbd+unix:///export?socket=path"
+            ))
+        };
         if name.starts_with("nbds:") || name.starts_with("nbds+unix:") {
-            return Err(Error::unsupported("NBD over TLS is not built in; use a TLS tunnel to a unix socket"));
+            return Err(Error::unsupported(
+                "NBD over TLS is not built in; use a TLS tunnel to a unix socket",
+            ));
         }
         if let Some(rest) = name.strip_prefix("nbd+unix://") {
             let (path, query) = rest.split_once('?').ok_or_else(bad)?;
@@ -215,7 +221,9 @@ impl Connection {
             return Err(Error::invalid(format!("'{address}' is not an NBD server")));
         }
         if take_u64(reader)? != OPTION_MAGIC {
-            return Err(Error::unsupported(format!("'{address}' speaks the oldstyle NBD protocol, which is obsolete")));
+            return Err(Error::unsupported(format!(
+                "'{address}' speaks the oldstyle NBD protocol, which is obsolete"
+            )));
         }
         let flags = take_u16(reader)?;
         if flags & FIXED_NEWSTYLE == 0 {
@@ -253,7 +261,10 @@ impl Connection {
                 }
                 _ => {
                     let text = String::from_utf8_lossy(&data).into_owned();
-                    return Err(Error::unsupported(format!("NBD server refuses export '{}': {text}", address.export)));
+                    return Err(Error::unsupported(format!(
+                        "NBD server refuses export '{}': {text}",
+                        address.export
+                    )));
                 }
             }
         }
@@ -373,7 +384,8 @@ impl Connection {
                 if reads && self.structured {
                     return Err(Error::invalid("NBD server answers a read without structure"));
                 }
-                let mut data = if reads && error == 0 { take_vec(reader, len, MAX_PAYLOAD)? } else { Vec::new() };
+                let mut data =
+                    if reads && error == 0 { take_vec(reader, len, MAX_PAYLOAD)? } else { Vec::new() };
                 edit(cookie, &mut |p| {
                     p.reply.error = error;
                     p.reply.data.push((0, std::mem::take(&mut data)));
@@ -387,9 +399,10 @@ impl Connection {
                 let body = take_vec(reader, len, MAX_PAYLOAD + 64)?;
                 let mut at = &body[..];
                 let inside = |offset: u64, n: u64| {
-                    offset.checked_sub(start).filter(|&o| reads && o + n <= u64::from(want)).ok_or_else(|| {
-                        Error::invalid("NBD server sends data that was not asked for")
-                    })
+                    offset
+                        .checked_sub(start)
+                        .filter(|&o| reads && o + n <= u64::from(want))
+                        .ok_or_else(|| Error::invalid("NBD server sends data that was not asked for"))
                 };
                 let (mut part, mut status, mut error) = (None, Vec::new(), (0, String::new()));
                 match kind {
@@ -413,7 +426,9 @@ impl Connection {
                         let text = at.get(..usize::from(n)).unwrap_or_default();
                         error = (number.max(1), String::from_utf8_lossy(text).into_owned());
                     }
-                    other => return Err(Error::invalid(format!("NBD server sends an unknown chunk {other}"))),
+                    other => {
+                        return Err(Error::invalid(format!("NBD server sends an unknown chunk {other}")));
+                    }
                 }
                 edit(cookie, &mut |p| {
                     p.reply.data.extend(part.take());

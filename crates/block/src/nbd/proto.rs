@@ -115,9 +115,13 @@ pub(super) fn take_vec(from: &mut impl Read, len: u32, limit: u32) -> Result<Vec
 /// The protocol's error numbers are those of Linux for the few it knows; others become `EINVAL`.
 pub(super) fn error_number(e: &Error) -> u32 {
     match e.errno() {
-        n @ (libc::EPERM | libc::EIO | libc::ENOMEM | libc::EINVAL | libc::ENOSPC | libc::EOVERFLOW | libc::ENOTSUP) => {
-            n as u32
-        }
+        n @ (libc::EPERM
+        | libc::EIO
+        | libc::ENOMEM
+        | libc::EINVAL
+        | libc::ENOSPC
+        | libc::EOVERFLOW
+        | libc::ENOTSUP) => n as u32,
         libc::EROFS => libc::EPERM as u32,
         libc::EFBIG | libc::EDQUOT => libc::ENOSPC as u32,
         _ => libc::EIO as u32,

@@ -270,7 +270,8 @@ fn info_name(data: &[u8]) -> Option<String> {
 /// Export name and queries of a metadata context option.
 fn context_queries(data: &[u8]) -> Option<(String, Vec<String>)> {
     let name = info_name(data)?;
-    let word = |at: usize| Some(u32::from_be_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?) as usize);
+    let word =
+        |at: usize| Some(u32::from_be_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?) as usize);
     let mut at = 4 + word(0)?;
     let count = word(at)?;
     at += 4;
@@ -355,12 +356,19 @@ impl Export {
         all.extend((0..self.bitmaps.len()).map(MetaContext::Bitmap));
         all.retain(|c| {
             let name = self.context_name(c);
-            (queries.is_empty() && !set) || queries.iter().any(|q| *q == name || (!set && q.ends_with(':') && name.starts_with(q)))
+            (queries.is_empty() && !set)
+                || queries.iter().any(|q| *q == name || (!set && q.ends_with(':') && name.starts_with(q)))
         });
         all
     }
 
-    fn answer(&self, session: &Session, r: &Request, writer: &Mutex<Socket>, buf: &mut Vec<u8>) -> Result<()> {
+    fn answer(
+        &self,
+        session: &Session,
+        r: &Request,
+        writer: &Mutex<Socket>,
+        buf: &mut Vec<u8>,
+    ) -> Result<()> {
         let outcome = self.carry_out(session, r, buf);
         let failed = |e| Error::io("NBD connection", e);
         let mut head = Vec::with_capacity(64);
@@ -498,7 +506,13 @@ impl Export {
                 }
                 MetaContext::Allocation | MetaContext::Depth => {
                     let state = |e: &MapEntry| match context {
-                        MetaContext::Depth => if e.present { e.depth + 1 } else { 0 },
+                        MetaContext::Depth => {
+                            if e.present {
+                                e.depth + 1
+                            } else {
+                                0
+                            }
+                        }
                         _ => {
                             let hole = !e.data && (!e.present || e.offset.is_none());
                             (u32::from(hole) * STATE_HOLE) | (u32::from(e.zero) * STATE_ZERO)

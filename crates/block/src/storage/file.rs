@@ -73,7 +73,9 @@ impl FileStorage {
         if storage.block_device {
             let held = storage.size()?;
             if held < size {
-                return Err(Error::usage(format!("The block device '{name}' is {held} bytes, less than {size}")));
+                return Err(Error::usage(format!(
+                    "The block device '{name}' is {held} bytes, less than {size}"
+                )));
             }
         } else {
             storage.set_size(0)?;
@@ -244,7 +246,10 @@ impl FileStorage {
             self.pwrite(piece, start)
         })?;
         let exact = size.max(end);
-        if !self.block_device && !exact.is_multiple_of(align as u64) && end.next_multiple_of(align as u64) > size {
+        if !self.block_device
+            && !exact.is_multiple_of(align as u64)
+            && end.next_multiple_of(align as u64) > size
+        {
             rustix::fs::ftruncate(&self.file, exact).map_err(|e| self.error("Could not resize", e))?;
         }
         Ok(())
@@ -282,7 +287,8 @@ impl Storage for FileStorage {
     fn size(&self) -> Result<u64> {
         if self.block_device {
             // Not the descriptor's position but its end is asked for; nothing here depends on the position.
-            return rustix::fs::seek(&self.file, SeekFrom::End(0)).map_err(|e| self.error("Could not size", e));
+            return rustix::fs::seek(&self.file, SeekFrom::End(0))
+                .map_err(|e| self.error("Could not size", e));
         }
         let stat = rustix::fs::fstat(&self.file).map_err(|e| self.error("Could not stat", e))?;
         Ok(stat.st_size as u64)
@@ -473,7 +479,8 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     }
     bytes.chunks(ZEROS.len()).all(|piece| {
         let (head, words, tail) = (piece.len() % 64, piece.chunks_exact(64), piece.len());
-        words.clone().all(|w| w.iter().fold(0u8, |acc, &b| acc | b) == 0) && piece[tail - head..].iter().all(|&b| b == 0)
+        words.clone().all(|w| w.iter().fold(0u8, |acc, &b| acc | b) == 0)
+            && piece[tail - head..].iter().all(|&b| b == 0)
     })
 }
 

@@ -43,7 +43,9 @@ impl Location {
         let rest = &name[scheme.len() + 1..];
         Ok(match scheme {
             "file" | "host_device" => Location::File(PathBuf::from(rest.strip_prefix("//").unwrap_or(rest))),
-            "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+unix" => Location::Nbd(crate::nbd::NbdAddress::parse(name)?),
+            "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+unix" => {
+                Location::Nbd(crate::nbd::NbdAddress::parse(name)?)
+            }
             "null-co" | "null-aio" => Location::Null { size: 1 << 30, zeroes: false },
             "iscsi" | "iser" | "rbd" | "ssh" | "nfs" | "gluster" | "sheepdog" | "ftp" | "ftps" => {
                 Location::Unsupported {
@@ -68,7 +70,8 @@ impl Location {
                 Ok(Location::Null { size, zeroes })
             }
             Some("nbd") => {
-                let mut take = |key: &str| options.remove(key).or_else(|| options.remove(&format!("server.{key}")));
+                let mut take =
+                    |key: &str| options.remove(key).or_else(|| options.remove(&format!("server.{key}")));
                 let socket = take("path").map(PathBuf::from);
                 let host = take("host").unwrap_or_else(|| "localhost".into());
                 let port = take("port").unwrap_or_else(|| "10809".into());
@@ -128,7 +131,9 @@ fn flatten(prefix: &str, value: &serde_json::Value, out: &mut BTreeMap<String, S
     let key = |k: &str| if prefix.is_empty() { k.to_owned() } else { format!("{prefix}.{k}") };
     match value {
         Value::Object(map) => map.iter().for_each(|(k, v)| flatten(&key(k), v, out)),
-        Value::Array(list) => list.iter().enumerate().for_each(|(i, v)| flatten(&key(&i.to_string()), v, out)),
+        Value::Array(list) => {
+            list.iter().enumerate().for_each(|(i, v)| flatten(&key(&i.to_string()), v, out))
+        }
         Value::String(s) => drop(out.insert(prefix.to_owned(), s.clone())),
         Value::Bool(b) => drop(out.insert(prefix.to_owned(), if *b { "on" } else { "off" }.to_owned())),
         Value::Number(n) => drop(out.insert(prefix.to_owned(), n.to_string())),
@@ -159,9 +164,11 @@ mod tests {
 
     #[test]
     fn json_names_flatten() {
-        let m = parse_json_name(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"x"},"a":[true,3]}"#)
-            .unwrap()
-            .unwrap();
+        let m = parse_json_name(
+            r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"x"},"a":[true,3]}"#,
+        )
+        .unwrap()
+        .unwrap();
         assert_eq!(m["file.filename"], "x");
         assert_eq!(m["a.0"], "on");
         assert_eq!(m["a.1"], "3");

@@ -14,8 +14,8 @@ mod window;
 use crate::{Error, Result};
 use std::{fmt::Debug, os::fd::BorrowedFd, path::Path, sync::Arc};
 
-pub use file::{DirectAlignment, FileStorage};
 pub(crate) use file::is_zero;
+pub use file::{DirectAlignment, FileStorage};
 pub use location::{Location, absolute_name, join_name, parse_json_name};
 pub use lock::Permissions;
 pub use memory::MemoryStorage;

@@ -48,7 +48,11 @@ impl Storage for Window {
     }
 
     fn set_size(&self, size: u64) -> Result<()> {
-        if size == self.size { Ok(()) } else { Err(Error::unsupported("Cannot resize a window into another file")) }
+        if size == self.size {
+            Ok(())
+        } else {
+            Err(Error::unsupported("Cannot resize a window into another file"))
+        }
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

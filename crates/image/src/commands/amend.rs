@@ -43,8 +43,11 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
     };
     let name = a.filename.ok_or_else(|| Error::usage("Expecting one image file name"))?;
     let cache = args::cache(a.cache.as_deref(), "writeback")?;
-    let image =
-        a.source.open(&name, a.format.as_deref(), OpenOptions { cache, no_backing: true, ..Default::default() })?;
+    let image = a.source.open(
+        &name,
+        a.format.as_deref(),
+        OpenOptions { cache, no_backing: true, ..Default::default() },
+    )?;
     let progress = Progress::new(1, a.progress && !a.quiet, context.personality);
     image.quiesced(|f| f.amend(&mut options))?;
     options.finish(&format!("format '{}'", image.driver().name))?;

@@ -80,8 +80,11 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         return Err(Error::usage("Flush interval can't be smaller than depth").into());
     }
     let cache = args::cache(a.cache.as_deref(), "writeback")?;
-    let image =
-        a.source.open(&a.filename, a.format.as_deref(), OpenOptions { read_only: !a.write, cache, ..Default::default() })?;
+    let image = a.source.open(
+        &a.filename,
+        a.format.as_deref(),
+        OpenOptions { read_only: !a.write, cache, ..Default::default() },
+    )?;
     if size == 0 || size > image.size() || size > 1 << 30 || a.depth == 0 {
         return Err(Error::usage("Invalid request size or depth for this image").into());
     }
@@ -103,7 +106,9 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         let mut buf = vec![a.pattern; size as usize];
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= a.count || error.lock().map_or(true, |e: std::sync::MutexGuard<'_, Option<Error>>| e.is_some()) {
+            if i >= a.count
+                || error.lock().map_or(true, |e: std::sync::MutexGuard<'_, Option<Error>>| e.is_some())
+            {
                 return;
             }
             let at = start.wrapping_add(i.wrapping_mul(step)) % span;

@@ -30,7 +30,12 @@ enum Action {
 impl clap::Args for Args {
     fn augment_args(command: Command) -> Command {
         let flag = |name: &'static str, help: &'static str| {
-            clap::Arg::new(name).long(name).action(ArgAction::Append).num_args(0).default_missing_value("on").help(help)
+            clap::Arg::new(name)
+                .long(name)
+                .action(ArgAction::Append)
+                .num_args(0)
+                .default_missing_value("on")
+                .help(help)
         };
         let value = |name: &'static str, short: char, help: &'static str| {
             clap::Arg::new(name).long(name).short(short).help(help)
@@ -41,7 +46,12 @@ impl clap::Args for Args {
             .arg(flag("clear", "Clear all bits"))
             .arg(flag("enable", "Record writes from now on"))
             .arg(flag("disable", "Record no more writes"))
-            .arg(clap::Arg::new("merge").long("merge").action(ArgAction::Append).help("Add the bits of another bitmap"))
+            .arg(
+                clap::Arg::new("merge")
+                    .long("merge")
+                    .action(ArgAction::Append)
+                    .help("Add the bits of another bitmap"),
+            )
             .arg(value("granularity", 'g', "Bytes per bit, for --add"))
             .arg(value("source-file", 'b', "Image with the bitmap to merge"))
             .arg(value("source-format", 'F', "Its format"))
@@ -71,7 +81,13 @@ impl clap::FromArgMatches for Args {
             }
         }
         let merged = m.get_many::<String>("merge").into_iter().flatten();
-        actions.extend(m.indices_of("merge").into_iter().flatten().zip(merged).map(|(i, s)| (i, Action::Merge(s.clone()))));
+        actions.extend(
+            m.indices_of("merge")
+                .into_iter()
+                .flatten()
+                .zip(merged)
+                .map(|(i, s)| (i, Action::Merge(s.clone()))),
+        );
         actions.sort_by_key(|a| a.0);
         let text = |name: &str| m.get_one::<String>(name).cloned();
         Ok(Args {
@@ -127,11 +143,17 @@ fn merge(image: &Image, target: &str, source: &Image, name: &str) -> Result<()> 
     let grain = |image: &Image, name: &str| -> Result<u64> {
         let list = image.format().bitmaps().ok_or_else(none)?.list();
         let found = list.iter().find(|b| b.name == name);
-        found.map(|b| b.granularity).ok_or_else(|| Error::NotFound(format!("Dirty bitmap '{name}' not found")))
+        found
+            .map(|b| b.granularity)
+            .ok_or_else(|| Error::NotFound(format!("Dirty bitmap '{name}' not found")))
     };
     let (to, from) = (grain(image, target)?, grain(source, name)?);
     if image.size() != source.size() {
-        return Err(Error::usage(format!("Bitmaps are of different sizes (destination size is {} and source size is {}) and can't be merged", image.size(), source.size())));
+        return Err(Error::usage(format!(
+            "Bitmaps are of different sizes (destination size is {} and source size is {}) and can't be merged",
+            image.size(),
+            source.size()
+        )));
     }
     let bits = source.format().bitmaps().ok_or_else(none)?.load(name)?;
     let bits = regrain(&bits, from, to, image.size());
@@ -145,7 +167,10 @@ fn merge(image: &Image, target: &str, source: &Image, name: &str) -> Result<()> 
 
 pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
     if a.actions.is_empty() {
-        return Err(Error::usage("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge").into());
+        return Err(Error::usage(
+            "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
+        )
+        .into());
     }
     if a.granularity.is_some() && !a.actions.iter().any(|x| matches!(x, Action::Add)) {
         return Err(Error::usage("granularity only supported with --add").into());
@@ -166,7 +191,8 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
             merge(&image, name, source.as_ref().unwrap_or(&image), from)
         } else {
             image.quiesced(|f| {
-                let bitmaps = f.bitmaps().ok_or_else(|| Error::unsupported("The image's format has no bitmaps"))?;
+                let bitmaps =
+                    f.bitmaps().ok_or_else(|| Error::unsupported("The image's format has no bitmaps"))?;
                 match action {
                     Action::Add => bitmaps.add(name, granularity, true),
                     Action::Remove => bitmaps.remove(name),

@@ -53,7 +53,11 @@ fn chain(image: &Image, base: Option<&str>) -> Result<Vec<(String, Option<String
             None => return Ok(out),
             Some(b) if b == full || b == backing.name => return Ok(out),
             Some(b) => {
-                let options = OpenOptions { no_backing: true, no_io: true, ..OpenOptions::reader(backing.format.as_deref()) };
+                let options = OpenOptions {
+                    no_backing: true,
+                    no_io: true,
+                    ..OpenOptions::reader(backing.format.as_deref())
+                };
                 let next = Image::open(&full, &options)?.info()?.backing;
                 backing = next.ok_or_else(|| {
                     Error::usage(format!("Did not find '{b}' in the backing chain of '{}'", image.name()))

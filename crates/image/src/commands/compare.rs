@@ -85,7 +85,9 @@ pub(crate) fn first_difference(a: &Image, b: &Image, progress: &Progress) -> Res
     let work = || {
         let (mut x, mut y) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
         loop {
-            let Some(&(start, end)) = pieces.get(next.fetch_add(1, Ordering::Relaxed) as usize) else { return };
+            let Some(&(start, end)) = pieces.get(next.fetch_add(1, Ordering::Relaxed) as usize) else {
+                return;
+            };
             if start > found.load(Ordering::Relaxed) {
                 return;
             }
@@ -159,7 +161,8 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
             println!("{text}");
         }
     };
-    let progress = Progress::new(first.size().max(second.size()), a.progress && !a.quiet, context.personality);
+    let progress =
+        Progress::new(first.size().max(second.size()), a.progress && !a.quiet, context.personality);
     if first.size() != second.size() && a.strict {
         say("Strict mode: Image size mismatch!");
         return Err(Failure::Status(1));

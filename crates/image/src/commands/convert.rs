@@ -88,10 +88,9 @@ pub(crate) struct Args {
 
 /// `snapshot.id=..,snapshot.name=..`, or an id or name.
 pub(crate) fn view_snapshot(image: &Image, which: &str) -> Result<()> {
-    let snapshots = image
-        .format()
-        .snapshots()
-        .ok_or_else(|| Error::unsupported(format!("Format '{}' has no internal snapshots", image.driver().name)))?;
+    let snapshots = image.format().snapshots().ok_or_else(|| {
+        Error::unsupported(format!("Format '{}' has no internal snapshots", image.driver().name))
+    })?;
     let mut options = block::Options::parse(which)?;
     let name = match (options.take("snapshot.id"), options.take("snapshot.name")) {
         (None, None) => which.to_owned(),
@@ -99,14 +98,19 @@ pub(crate) fn view_snapshot(image: &Image, which: &str) -> Result<()> {
             let found = snapshots.list().into_iter().find(|s| {
                 id.as_ref().is_none_or(|i| *i == s.id) && name.as_ref().is_none_or(|n| *n == s.name)
             });
-            found.ok_or_else(|| Error::NotFound(format!("Failed to load snapshot: Can't find snapshot '{which}'")))?.id
+            found
+                .ok_or_else(|| {
+                    Error::NotFound(format!("Failed to load snapshot: Can't find snapshot '{which}'"))
+                })?
+                .id
         }
     };
     snapshots.view(&name).map_err(|e| e.context("Failed to load snapshot"))
 }
 
 fn copy_bitmaps(source: &Image, target: &Image, skip_broken: bool) -> Result<()> {
-    let none = || Error::unsupported("This will continue to be invalid to use --bitmaps: the format has no bitmaps");
+    let none =
+        || Error::unsupported("This will continue to be invalid to use --bitmaps: the format has no bitmaps");
     let from = source.format().bitmaps().ok_or_else(none)?;
     for bitmap in from.list() {
         if bitmap.in_use {
@@ -132,8 +136,8 @@ fn copy_bitmaps(source: &Image, target: &Image, skip_broken: bool) -> Result<()>
 
 pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
     let target_format = a.target_format.clone().unwrap_or_else(|| "raw".into());
-    let driver =
-        formats::find(&target_format).ok_or_else(|| Error::usage(format!("Unknown file format '{target_format}'")))?;
+    let driver = formats::find(&target_format)
+        .ok_or_else(|| Error::usage(format!("Unknown file format '{target_format}'")))?;
     let Some(mut options) = create::collect(&a.options)? else {
         create::print_options(driver);
         return Ok(());
@@ -152,7 +156,10 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
     }
     let threads = match a.parallel {
         Some(n) if !(1..=16).contains(&n) => {
-            return Err(Error::usage("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16").into());
+            return Err(Error::usage(
+                "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16",
+            )
+            .into());
         }
         Some(n) => n,
         None => std::thread::available_parallelism().map_or(2, |n| n.get()).min(8),
@@ -182,7 +189,10 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
     let backing_name = a.backing.or(options.take("backing_file")).filter(|b| !b.is_empty());
     let backing_format = a.backing_format.or(options.take("backing_fmt"));
     if backing_name.is_some() && sources.len() > 1 {
-        return Err(Error::usage("Having a backing file for the target makes no sense when concatenating multiple input images").into());
+        return Err(Error::usage(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        )
+        .into());
     }
     if backing_name.is_some() && backing_format.is_none() && !a.no_create {
         return Err(Error::usage("backing file specified without backing format; say it with -F").into());
@@ -206,9 +216,14 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
             options,
             secrets,
         };
-        create_image(&create).map_err(|e| e.context(format!("{target_name}: error while converting {target_format}")))?;
+        create_image(&create)
+            .map_err(|e| e.context(format!("{target_name}: error while converting {target_format}")))?;
     }
-    let open = OpenOptions { cache: args::cache(a.cache.as_deref(), "unsafe")?, discard: true, ..Default::default() };
+    let open = OpenOptions {
+        cache: args::cache(a.cache.as_deref(), "unsafe")?,
+        discard: true,
+        ..Default::default()
+    };
     let target_source = Source { image_opts: a.target_image_opts, force_share: false, ..a.source.clone() };
     let format = (!a.target_image_opts).then_some(target_format.as_str());
     let target = target_source.open(&target_name, format, open)?;

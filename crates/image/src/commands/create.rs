@@ -38,8 +38,18 @@ pub(crate) struct Args {
 
 /// Options every format takes here.
 const COMMON: [OptionSpec; 3] = [
-    OptionSpec { name: "backing_file", kind: OptionKind::Text, help: "File name of a base image", default: None },
-    OptionSpec { name: "backing_fmt", kind: OptionKind::Text, help: "Image format of the base image", default: None },
+    OptionSpec {
+        name: "backing_file",
+        kind: OptionKind::Text,
+        help: "File name of a base image",
+        default: None,
+    },
+    OptionSpec {
+        name: "backing_fmt",
+        kind: OptionKind::Text,
+        help: "Image format of the base image",
+        default: None,
+    },
     OptionSpec { name: "size", kind: OptionKind::Size, help: "Virtual disk size", default: None },
 ];
 
@@ -58,7 +68,9 @@ pub(crate) fn print_options(driver: &Driver) {
         };
         println!("  {:<22} - {}", format!("{}={kind}", o.name), o.help);
     }
-    println!("\nThe protocol level may support further options.\nSpecify the target filename to include those options.");
+    println!(
+        "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
+    );
 }
 
 /// Order in which qcow2's options are announced.
@@ -158,7 +170,9 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         }
         (Some(name), format) => Some(Backing { name, format }),
         (None, Some(_)) => {
-            return Err(Error::usage(format!("{name}: Backing format cannot be used without backing file")).into());
+            return Err(
+                Error::usage(format!("{name}: Backing format cannot be used without backing file")).into()
+            );
         }
         (None, None) => None,
     };
@@ -180,7 +194,10 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
     };
     let size = create_image(&create).map_err(|e| e.context(name.clone()))?;
     if !a.quiet {
-        println!("Formatting '{name}', {}", describe(driver, size.next_multiple_of(512), backing.as_ref(), &shown));
+        println!(
+            "Formatting '{name}', {}",
+            describe(driver, size.next_multiple_of(512), backing.as_ref(), &shown)
+        );
     }
     Ok(())
 }

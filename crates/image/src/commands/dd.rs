@@ -25,9 +25,8 @@ pub(crate) struct Args {
 pub(crate) fn run(a: Args, context: &Context) -> Outcome {
     let (mut input, mut output, mut bs, mut count, mut skip) = (None, None, 512, None, 0);
     for operand in &a.operands {
-        let (key, value) = operand
-            .split_once('=')
-            .ok_or_else(|| Error::usage(format!("unrecognized operand {operand}")))?;
+        let (key, value) =
+            operand.split_once('=').ok_or_else(|| Error::usage(format!("unrecognized operand {operand}")))?;
         match key {
             "if" => input = Some(value.to_owned()),
             "of" => output = Some(value.to_owned()),
@@ -46,7 +45,11 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
     let image = a.source.open(&input, a.format.as_deref(), OpenOptions::reader(None))?;
     let wanted = count.map_or(image.size(), |c| c.saturating_mul(bs).min(image.size()));
     let start = skip.saturating_mul(bs);
-    let len = if count.is_some() { wanted.min(image.size().saturating_sub(start)) } else { image.size().saturating_sub(start) };
+    let len = if count.is_some() {
+        wanted.min(image.size().saturating_sub(start))
+    } else {
+        image.size().saturating_sub(start)
+    };
     if start > image.size() {
         eprintln!("{}: {input}: cannot skip to specified offset", context.personality.program());
     }

@@ -166,7 +166,9 @@ fn print_human(info: &Value, image: &Image) {
             print!("{}", text::snapshots(&list));
         }
     }
-    if let Some(data) = info["format-specific"].get("data").filter(|d| d.as_object().is_some_and(|m| !m.is_empty())) {
+    if let Some(data) =
+        info["format-specific"].get("data").filter(|d| d.as_object().is_some_and(|m| !m.is_empty()))
+    {
         println!("Format specific information:");
         dump(data, 1);
     }
@@ -201,7 +203,9 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         infos.push(info);
         let Some(name) = next.filter(|_| a.backing_chain) else { break };
         if seen.contains(&name) {
-            return Err(block::Error::invalid(format!("Backing file '{name}' creates an infinite loop.")).into());
+            return Err(
+                block::Error::invalid(format!("Backing file '{name}' creates an infinite loop.")).into()
+            );
         }
         seen.push(name.clone());
         let plain = Source { image_opts: false, ..a.source.clone() };

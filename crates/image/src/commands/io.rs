@@ -74,8 +74,10 @@ impl Flags {
                     Some(false) => set.push((c, None)),
                     Some(true) => {
                         let tail = &flags[i + c.len_utf8()..];
-                        let value = if tail.is_empty() { queue.pop_front().cloned() } else { Some(tail.to_owned()) };
-                        let value = value.ok_or_else(|| Error::usage(format!("option requires an argument -- '{c}'")))?;
+                        let value =
+                            if tail.is_empty() { queue.pop_front().cloned() } else { Some(tail.to_owned()) };
+                        let value = value
+                            .ok_or_else(|| Error::usage(format!("option requires an argument -- '{c}'")))?;
                         set.push((c, Some(value)));
                         break;
                     }
@@ -110,13 +112,16 @@ impl Flags {
 
 fn size(text: &str) -> Result<u64> {
     block::parse_size(text).filter(|&s| i64::try_from(s).is_ok()).ok_or_else(|| {
-        Error::usage(format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"))
+        Error::usage(format!(
+            "Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
+        ))
     })
 }
 
 /// Sizes as this tool prints them: whole units plainly, others with three decimals.
 fn human(bytes: u64) -> String {
-    const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    const UNITS: [(&str, u32); 6] =
+        [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     match UNITS.iter().find(|(_, shift)| bytes >= 1 << shift) {
         Some((unit, shift)) if bytes.is_multiple_of(1 << shift) => format!("{} {unit}", bytes >> shift),
         Some((unit, shift)) => format!("{:.3} {unit}", bytes as f64 / (1u64 << shift) as f64),
@@ -128,8 +133,10 @@ fn human(bytes: u64) -> String {
 fn dump(bytes: &[u8], offset: u64) {
     for (i, row) in bytes.chunks(16).enumerate() {
         let hex: String = row.iter().map(|b| format!("{b:02x} ")).collect();
-        let plain: String =
-            row.iter().map(|&b| if b.is_ascii_graphic() || b == b' ' { char::from(b) } else { '.' }).collect();
+        let plain: String = row
+            .iter()
+            .map(|&b| if b.is_ascii_graphic() || b == b' ' { char::from(b) } else { '.' })
+            .collect();
         println!("{:08x}:  {hex} {plain}", offset + i as u64 * 16);
     }
 }
@@ -168,7 +175,9 @@ impl Session {
     }
 
     fn range(&self, flags: &Flags) -> Result<(u64, u64)> {
-        let [offset, len, ..] = &flags.rest[..] else { return Err(Error::usage("offset and length are needed")) };
+        let [offset, len, ..] = &flags.rest[..] else {
+            return Err(Error::usage("offset and length are needed"));
+        };
         let (offset, len) = (size(offset)?, size(len)?);
         if len > MAX_REQUEST {
             return Err(Error::usage(format!("length cannot exceed {MAX_REQUEST}, given {len}")));
@@ -188,7 +197,8 @@ impl Session {
             let start = f.size('s')?.unwrap_or(0) as usize;
             let n = f.size('l')?.map_or(buf.len().saturating_sub(start), |l| l as usize);
             let part = start.checked_add(n).and_then(|end| buf.get(start..end));
-            let part = part.ok_or_else(|| Error::usage("pattern verification range exceeds end of read data"))?;
+            let part =
+                part.ok_or_else(|| Error::usage("pattern verification range exceeds end of read data"))?;
             if part.iter().any(|&b| b != pattern) {
                 println!("Pattern verification failed at offset {}, {n} bytes", offset + start as u64);
                 verified = false;
@@ -253,7 +263,9 @@ impl Session {
     /// `readv` and `writev`: several lengths, one request after the other in the file.
     fn vectored(&mut self, args: &[String], write: bool) -> Result<()> {
         let f = Flags::parse(args, "CP:qvfi")?;
-        let [offset, lens @ ..] = &f.rest[..] else { return Err(Error::usage("offset and lengths are needed")) };
+        let [offset, lens @ ..] = &f.rest[..] else {
+            return Err(Error::usage("offset and lengths are needed"));
+        };
         let offset = size(offset)?;
         let len = lens.iter().try_fold(0u64, |sum, l| Ok::<_, Error>(sum.saturating_add(size(l)?)))?;
         if len > MAX_REQUEST {
@@ -267,7 +279,9 @@ impl Session {
         } else {
             self.image()?.read_at(&mut buf, offset).map_err(|e| failed("readv", e))?;
             if pattern.is_some_and(|p| buf.iter().any(|&b| b != p)) {
-                return Err(Error::invalid(format!("Pattern verification failed at offset {offset}, {len} bytes")));
+                return Err(Error::invalid(format!(
+                    "Pattern verification failed at offset {offset}, {len} bytes"
+                )));
             }
             if f.has('v') {
                 dump(&buf, offset);
@@ -334,7 +348,10 @@ impl Session {
         if self.image.is_some() {
             return Err(Error::usage("file open already, try 'help close'"));
         }
-        let mut choice = Choice { options: OpenOptions { read_only: f.has('r'), ..Default::default() }, image_opts: false };
+        let mut choice = Choice {
+            options: OpenOptions { read_only: f.has('r'), ..Default::default() },
+            image_opts: false,
+        };
         choice.options.force_share = f.has('U');
         choice.options.cache = cache(&f)?;
         choice.options.discard = matches!(f.value('d'), Some("on" | "unmap"));
@@ -387,7 +404,10 @@ impl Session {
                 }
             }
             "sleep" => {
-                let ms = args.first().and_then(|a| a.parse().ok()).ok_or_else(|| Error::usage("milliseconds are needed"))?;
+                let ms = args
+                    .first()
+                    .and_then(|a| a.parse().ok())
+                    .ok_or_else(|| Error::usage("milliseconds are needed"))?;
                 std::thread::sleep(Duration::from_millis(ms));
             }
             "help" | "?" => println!(
@@ -436,7 +456,13 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
 fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
     let mut given: Vec<String> = args.skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let mut image_opts = false;
-    let long = [("--read-only", "-r"), ("--snapshot", "-s"), ("--nocache", "-n"), ("--force-share", "-U"), ("--misalign", "-m")];
+    let long = [
+        ("--read-only", "-r"),
+        ("--snapshot", "-s"),
+        ("--nocache", "-n"),
+        ("--force-share", "-U"),
+        ("--misalign", "-m"),
+    ];
     given.retain(|a| {
         let found = a == "--image-opts";
         image_opts |= found;
@@ -466,12 +492,16 @@ fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
         return Ok(true);
     }
     if f.has('h') {
-        println!("Usage: qemu-io [-c CMD]... [-f FMT] [-r] [-n] [-t CACHE] [-d on|off] [-U] [--image-opts] [FILE]");
+        println!(
+            "Usage: qemu-io [-c CMD]... [-f FMT] [-r] [-n] [-t CACHE] [-d on|off] [-U] [--image-opts] [FILE]"
+        );
         return Ok(true);
     }
     let mut session = Session { image: None, failed: false };
     if f.has('s') {
-        return Err(Error::unsupported("-s (temporary snapshot) is not supported; create an overlay with qemu-img create -b"));
+        return Err(Error::unsupported(
+            "-s (temporary snapshot) is not supported; create an overlay with qemu-img create -b",
+        ));
     }
     if let Some(name) = f.rest.first() {
         let options = OpenOptions {

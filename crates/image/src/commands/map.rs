@@ -88,8 +88,15 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
             let Some(offset) = e.offset else {
                 return Err(Error::unsupported("File contains external, encrypted or compressed clusters."));
             };
-            writeln!(out, "{:<#16x}{:<#16x}{:<#16x}{}", Hex(e.start), Hex(e.length), Hex(offset), file_of(&image, e))
-                .map_err(failed)
+            writeln!(
+                out,
+                "{:<#16x}{:<#16x}{:<#16x}{}",
+                Hex(e.start),
+                Hex(e.length),
+                Hex(offset),
+                file_of(&image, e)
+            )
+            .map_err(failed)
         })?;
         return Ok(out.flush().map_err(failed)?);
     }

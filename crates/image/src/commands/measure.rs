@@ -52,7 +52,9 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
     let mut data = Vec::new();
     let mut bitmaps = None;
     let size = match (&a.filename, &a.size) {
-        (Some(_), Some(_)) => return Err(Error::usage("--size N cannot be used together with a filename").into()),
+        (Some(_), Some(_)) => {
+            return Err(Error::usage("--size N cannot be used together with a filename").into());
+        }
         (None, None) => return Err(Error::usage("Either --size N or one filename must be specified").into()),
         (None, Some(size)) => args::parse_size(size, "image size")?,
         (Some(name), None) => {
@@ -78,7 +80,8 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         }
     };
     let with_bitmaps = bitmaps.as_deref();
-    let measured = measure(Measurement { size, options: &mut options, data: &data, bitmaps: with_bitmaps, backing })?;
+    let measured =
+        measure(Measurement { size, options: &mut options, data: &data, bitmaps: with_bitmaps, backing })?;
     options.finish(&format!("format '{}'", driver.name))?;
     match a.output {
         Output::Human => {

@@ -80,12 +80,15 @@ fn keep_contents(
                 let n = (end - here).min(step - here % step);
                 read_below(old, &mut x[..n as usize], here)?;
                 read_below(new, &mut y[..n as usize], here)?;
-                for (i, (p, q)) in x[..n as usize].chunks(unit as usize).zip(y.chunks(unit as usize)).enumerate() {
+                for (i, (p, q)) in
+                    x[..n as usize].chunks(unit as usize).zip(y.chunks(unit as usize)).enumerate()
+                {
                     if p == &q[..p.len()] {
                         continue;
                     }
                     let offset = here + i as u64 * unit;
-                    let packed = if compress && offset.is_multiple_of(unit) { image.compress(p)? } else { None };
+                    let packed =
+                        if compress && offset.is_multiple_of(unit) { image.compress(p)? } else { None };
                     match packed {
                         Some(data) => image.write_compressed(offset, &data)?,
                         None if block::is_zero(p) => image.write_zeroes(offset, p.len() as u64, false)?,
@@ -102,7 +105,10 @@ fn keep_contents(
 }
 
 pub(crate) fn run(a: Args, context: &Context) -> Outcome {
-    let backing = a.backing.clone().ok_or_else(|| Error::usage("Use the -b option to explicitly specify a backing file"));
+    let backing = a
+        .backing
+        .clone()
+        .ok_or_else(|| Error::usage("Use the -b option to explicitly specify a backing file"));
     let name = backing?;
     let format = a.backing_format.clone();
     if let Some(format) = format.as_deref()

@@ -130,9 +130,9 @@ fn fork() -> Result<()> {
 
 fn listen(a: &Args) -> Result<Listener> {
     Ok(match &a.socket {
-        Some(path) => {
-            Listener::Unix(UnixListener::bind(path).map_err(|e| Error::io(format!("Failed to bind socket to {path}"), e))?)
-        }
+        Some(path) => Listener::Unix(
+            UnixListener::bind(path).map_err(|e| Error::io(format!("Failed to bind socket to {path}"), e))?,
+        ),
         None => {
             let address = (a.bind.as_str(), a.port);
             let what = || format!("Failed to bind to {}:{}", a.bind, a.port);
@@ -206,6 +206,11 @@ fn serve(a: &Args, persistent: bool, limit: usize) -> Result<()> {
     if std::env::var_os(READY).is_some() {
         // The parent waits for this byte; if it is gone, nobody does.
         let _ = std::io::stdout().write_all(b"\n").and_then(|()| std::io::stdout().flush());
+        // Whoever reads the command's output must not wait for the server's end.
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+        let null = null.map_err(|e| Error::io("/dev/null", e))?;
+        rustix::stdio::dup2_stdout(&null).map_err(|e| Error::io("Could not leave standard output", e))?;
+        rustix::stdio::dup2_stderr(&null).map_err(|e| Error::io("Could not leave standard error", e))?;
     }
     let state = Arc::new((Mutex::new(State::default()), Condvar::new()));
     let stop = Arc::clone(&state);
@@ -282,7 +287,8 @@ pub(crate) fn run_qemu_nbd(args: impl Iterator<Item = OsString>) -> ExitCode {
         println!("qemu-nbd version {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
-    let parsed = Tool::command().name("qemu-nbd").try_get_matches_from(args).and_then(|m| Tool::from_arg_matches(&m));
+    let parsed =
+        Tool::command().name("qemu-nbd").try_get_matches_from(args).and_then(|m| Tool::from_arg_matches(&m));
     let tool = match parsed {
         Ok(tool) => tool,
         Err(e) => {

@@ -36,7 +36,8 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
     let listing = a.apply.is_none() && a.create.is_none() && a.delete.is_none();
     let options = OpenOptions { read_only: listing, no_backing: listing, ..Default::default() };
     let image = a.source.open(&a.filename, a.format.as_deref(), options)?;
-    let refused = || Error::unsupported(format!("Format '{}' has no internal snapshots", image.driver().name));
+    let refused =
+        || Error::unsupported(format!("Format '{}' has no internal snapshots", image.driver().name));
     image.quiesced(|format| {
         let snapshots = format.snapshots();
         if listing {
@@ -69,7 +70,9 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         }
         if let Some(name) = &a.delete {
             return snapshots.delete(name).map_err(|e| match e {
-                Error::NotFound(_) => Error::NotFound(format!("Could not delete snapshot '{name}': snapshot not found")),
+                Error::NotFound(_) => {
+                    Error::NotFound(format!("Could not delete snapshot '{name}': snapshot not found"))
+                }
                 e => e.context(format!("Could not delete snapshot '{name}'")),
             });
         }

@@ -1,7 +1,7 @@
 //! From a decoded instruction to an operation: asks each family in turn.
 
-use super::operand::{Ctx, Kind, implied, kind, memory};
 use super::Flow;
+use super::operand::{Ctx, Kind, implied, kind, memory};
 use crate::interp;
 use crate::native;
 use crate::op::Op;
@@ -29,7 +29,14 @@ fn is_implied(k: OpKind) -> bool {
     use OpKind::*;
     matches!(
         k,
-        MemorySegSI | MemorySegESI | MemorySegRSI | MemorySegDI | MemorySegEDI | MemorySegRDI | MemoryESDI | MemoryESEDI
+        MemorySegSI
+            | MemorySegESI
+            | MemorySegRSI
+            | MemorySegDI
+            | MemorySegEDI
+            | MemorySegRDI
+            | MemoryESDI
+            | MemoryESEDI
             | MemoryESRDI
     )
 }

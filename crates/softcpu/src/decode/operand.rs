@@ -29,7 +29,11 @@ impl Ctx<'_> {
 
     /// Handler that continues behind the last instruction.
     pub fn fallthrough(&self) -> Handler {
-        if self.linkable(self.end as u64) { crate::interp::fallthrough } else { crate::interp::fallthrough_far }
+        if self.linkable(self.end as u64) {
+            crate::interp::fallthrough
+        } else {
+            crate::interp::fallthrough_far
+        }
     }
 
     /// Whether memory operands of the instruction need no segment arithmetic at all.

@@ -432,6 +432,12 @@ impl Fpu {
         [r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]]
     }
 
+    /// Whether the state is as MMX instructions leave it.
+    pub(crate) fn in_mmx(&mut self) -> bool {
+        let image = self.x87_ref();
+        image.ftw == 0xff && image.top() == 0
+    }
+
     /// What every MMX instruction but EMMS does: the top of stack is register 0, and no register is empty.
     pub(crate) fn enter_mmx(&mut self) {
         let image = self.x87();

@@ -92,7 +92,12 @@ fn lock_mi<T: LockedAlu, E: Ea, O: Binary>(cpu: &mut Cpu, op: &Op) -> Res<()> {
 
 impl Cpu {
     /// A locked operation that no host instruction can do: returns what `f` returns beside the new value.
-    pub(super) fn split<T: Alu>(&mut self, seg: usize, lin: u64, f: impl FnOnce(T, u16) -> (T, u16)) -> Res<u16> {
+    pub(super) fn split<T: Alu>(
+        &mut self,
+        seg: usize,
+        lin: u64,
+        f: impl FnOnce(T, u16) -> (T, u16),
+    ) -> Res<u16> {
         let mut buf = [0u8; 16];
         let len = size_of::<T>();
         let mut out = self.cc;
@@ -197,11 +202,13 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
                 }
                 (Kind::Mem, Kind::Reg) => {
                     src(i, 1, op);
-                    op.handler = if lock { sized_ea!(ctx, op, n, lock_mr, $o) } else { sized_ea!(ctx, op, n, mr, $o) };
+                    op.handler =
+                        if lock { sized_ea!(ctx, op, n, lock_mr, $o) } else { sized_ea!(ctx, op, n, mr, $o) };
                 }
                 (Kind::Mem, Kind::Imm) => {
                     op.imm = imm(i, 1);
-                    op.handler = if lock { sized_ea!(ctx, op, n, lock_mi, $o) } else { sized_ea!(ctx, op, n, mi, $o) };
+                    op.handler =
+                        if lock { sized_ea!(ctx, op, n, lock_mi, $o) } else { sized_ea!(ctx, op, n, mi, $o) };
                 }
                 _ => return None,
             }

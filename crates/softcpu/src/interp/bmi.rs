@@ -156,7 +156,9 @@ fn crc32<const BYTES: usize, E: Ea, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> 
     // SAFETY: register arithmetic; CPUID promises it only if the host has it.
     unsafe {
         match BYTES {
-            1 => asm!("crc32 {0:e}, {1}", inout(reg) crc, in(reg_byte) v as u8, options(pure, nomem, nostack)),
+            1 => {
+                asm!("crc32 {0:e}, {1}", inout(reg) crc, in(reg_byte) v as u8, options(pure, nomem, nostack))
+            }
             2 => asm!("crc32 {0:e}, {1:x}", inout(reg) crc, in(reg) v, options(pure, nomem, nostack)),
             4 => asm!("crc32 {0:e}, {1:e}", inout(reg) crc, in(reg) v, options(pure, nomem, nostack)),
             _ => asm!("crc32 {0}, {1}", inout(reg) crc, in(reg) v, options(pure, nomem, nostack)),

@@ -132,6 +132,13 @@ fn indirect64_m<const CALL: bool, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> Next {
 
 #[inline(always)]
 fn indirect64<const CALL: bool>(cpu: &mut Cpu, op: OpPtr, to: u64) -> Next {
+    // The stack comes first: a fault there hides one of the target.
+    if CALL && !canonical(to) {
+        let sp = cpu.regs[RSP].wrapping_sub(8);
+        if let Err(f) = cpu.probe_write(seg::SS, sp, 8) {
+            return op.fault(cpu, f);
+        }
+    }
     if let Err(f) = check::<Far64>(cpu, to) {
         return op.fault(cpu, f);
     }
@@ -172,7 +179,11 @@ fn legacy_branch<const CALL: bool>(cpu: &mut Cpu, op: OpPtr) -> Res<()> {
         via::REGISTER => cpu.get::<u16>(op.dst) as u64,
         _ => {
             let lin = cpu.address(&op, bytes, false)?;
-            if bytes == 4 { cpu.read::<u32>(op.seg(), lin)? as u64 } else { cpu.read::<u16>(op.seg(), lin)? as u64 }
+            if bytes == 4 {
+                cpu.read::<u32>(op.seg(), lin)? as u64
+            } else {
+                cpu.read::<u16>(op.seg(), lin)? as u64
+            }
         }
     };
     if cpu.mode.is64() {
@@ -266,7 +277,12 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
     match mnemonic {
         Mnemonic::Jmp | Mnemonic::Call => near(ctx, i, op, mnemonic == Mnemonic::Call)?,
         Mnemonic::Ret => ret(i, op),
-        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne | Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz => {
+        Mnemonic::Loop
+        | Mnemonic::Loope
+        | Mnemonic::Loopne
+        | Mnemonic::Jcxz
+        | Mnemonic::Jecxz
+        | Mnemonic::Jrcxz => {
             op.imm = i.near_branch_target().wrapping_sub(ctx.rip);
             op.dst = branch_bytes(i) as u8;
             op.src = match mnemonic {
@@ -288,10 +304,10 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
 fn counter_size(i: &Instruction) -> u8 {
     use Code::*;
     match i.code() {
-        Loopne_rel8_16_CX | Loopne_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loop_rel8_16_CX | Loop_rel8_32_CX
-        | Jcxz_rel8_16 | Jcxz_rel8_32 => asize::A16,
-        Loopne_rel8_16_RCX | Loopne_rel8_64_RCX | Loope_rel8_16_RCX | Loope_rel8_64_RCX | Loop_rel8_16_RCX
-        | Loop_rel8_64_RCX | Jrcxz_rel8_16 | Jrcxz_rel8_64 => asize::A64,
+        Loopne_rel8_16_CX | Loopne_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loop_rel8_16_CX
+        | Loop_rel8_32_CX | Jcxz_rel8_16 | Jcxz_rel8_32 => asize::A16,
+        Loopne_rel8_16_RCX | Loopne_rel8_64_RCX | Loope_rel8_16_RCX | Loope_rel8_64_RCX
+        | Loop_rel8_16_RCX | Loop_rel8_64_RCX | Jrcxz_rel8_16 | Jrcxz_rel8_64 => asize::A64,
         _ => asize::A32,
     }
 }
@@ -329,7 +345,7 @@ fn near(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op, call: bool) -> Option<()> {
         _ => return None,
     };
     // Far pointers in memory are another family's.
-    if !relative && !(i.is_jmp_near_indirect() || i.is_call_near_indirect()) {
+    if !(relative || i.is_jmp_near_indirect() || i.is_call_near_indirect()) {
         return None;
     }
     if bytes == 8 {

@@ -380,12 +380,40 @@ fn conditional(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow> {
     use Mnemonic::*;
     let cmov = matches!(
         i.mnemonic(),
-        Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe | Cmova | Cmovs | Cmovns | Cmovp | Cmovnp | Cmovl
-            | Cmovge | Cmovle | Cmovg
+        Cmovo
+            | Cmovno
+            | Cmovb
+            | Cmovae
+            | Cmove
+            | Cmovne
+            | Cmovbe
+            | Cmova
+            | Cmovs
+            | Cmovns
+            | Cmovp
+            | Cmovnp
+            | Cmovl
+            | Cmovge
+            | Cmovle
+            | Cmovg
     );
     let set = matches!(
         i.mnemonic(),
-        Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns | Setp | Setnp | Setl | Setge | Setle | Setg
+        Seto | Setno
+            | Setb
+            | Setae
+            | Sete
+            | Setne
+            | Setbe
+            | Seta
+            | Sets
+            | Setns
+            | Setp
+            | Setnp
+            | Setl
+            | Setge
+            | Setle
+            | Setg
     );
     let mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     if cmov {
@@ -412,7 +440,11 @@ fn conditional(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow> {
         if mem {
             macro_rules! pick {
                 ($c:ty) => {
-                    if ctx.flat(op) { h!(set_m::<u8, super::Flat, $c>) } else { h!(set_m::<u8, super::General, $c>) }
+                    if ctx.flat(op) {
+                        h!(set_m::<u8, super::Flat, $c>)
+                    } else {
+                        h!(set_m::<u8, super::General, $c>)
+                    }
                 };
             }
             op.handler = by_condition!(i, pick);

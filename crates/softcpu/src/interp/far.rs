@@ -118,7 +118,11 @@ fn software_interrupt(cpu: &mut Cpu, v: u8) -> Res<Next> {
 }
 
 fn iret<const BYTES: u8>(cpu: &mut Cpu, _op: &Op) -> Res<Next> {
-    if cpu.long_mode() { iret_long(cpu, BYTES)? } else { iret_legacy(cpu, BYTES)? }
+    if cpu.long_mode() {
+        iret_long(cpu, BYTES)?
+    } else {
+        iret_legacy(cpu, BYTES)?
+    }
     cpu.nmi_masked = false;
     if cpu.nmi_pending {
         cpu.signals.raise(accel::Signal::NMI);
@@ -329,7 +333,11 @@ impl Cpu {
         let d = self.descriptor(selector, vector::GP)?;
         let rpl = (selector & 3) as u8;
         if d.is_code() {
-            let privilege = if d.is_conforming_code() { d.dpl() <= self.cpl } else { rpl <= self.cpl && d.dpl() == self.cpl };
+            let privilege = if d.is_conforming_code() {
+                d.dpl() <= self.cpl
+            } else {
+                rpl <= self.cpl && d.dpl() == self.cpl
+            };
             let both = self.long_mode() && d.attr() & (attr::L | attr::DB) == attr::L | attr::DB;
             if !privilege || both {
                 return Err(self.gp(code));
@@ -503,11 +511,8 @@ fn sysret<const WIDE: bool>(cpu: &mut Cpu, _op: &Op) -> Res<Next> {
         cpu.rip = cpu.regs[1] & 0xffff_ffff;
     }
     cpu.seg[seg::SS] = flat_data(base.wrapping_add(8) | 3, 3);
-    let flags = if cpu.long_mode() {
-        cpu.regs[11] & fl::ALL & !(fl::RF | fl::VM)
-    } else {
-        cpu.rflags() | fl::IF
-    };
+    let flags =
+        if cpu.long_mode() { cpu.regs[11] & fl::ALL & !(fl::RF | fl::VM) } else { cpu.rflags() | fl::IF };
     cpu.cpl = 3;
     cpu.set_flags(flags);
     cpu.update_mode();
@@ -570,7 +575,11 @@ fn mov_seg_m(cpu: &mut Cpu, op: &Op) -> Res<()> {
 }
 
 fn mov_ss<const MEM: bool>(cpu: &mut Cpu, op: &Op) -> Res<Next> {
-    if MEM { mov_seg_m(cpu, op)? } else { mov_seg_r(cpu, op)? }
+    if MEM {
+        mov_seg_m(cpu, op)?
+    } else {
+        mov_seg_r(cpu, op)?
+    }
     Ok(cpu.after_segment_load(seg::SS))
 }
 
@@ -700,7 +709,12 @@ pub(super) fn lower(_ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow
         Code::Call_m1616 => ending!(far_call::<true, 2>),
         Code::Call_m1632 => ending!(far_call::<true, 4>),
         Code::Call_m1664 => ending!(far_call::<true, 8>),
-        Code::Retfw | Code::Retfw_imm16 | Code::Retfd | Code::Retfd_imm16 | Code::Retfq | Code::Retfq_imm16 => {
+        Code::Retfw
+        | Code::Retfw_imm16
+        | Code::Retfd
+        | Code::Retfd_imm16
+        | Code::Retfq
+        | Code::Retfq_imm16 => {
             op.imm = if i.op_count() == 1 { i.immediate16() as u64 } else { 0 };
             match i.code() {
                 Code::Retfw | Code::Retfw_imm16 => ending!(far_ret::<2>),
@@ -730,7 +744,9 @@ pub(super) fn lower(_ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow
         _ => {
             return match i.mnemonic() {
                 Mnemonic::Mov => lower_segment_move(i, op),
-                Mnemonic::Les | Mnemonic::Lds | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss => lower_load_far(i, op),
+                Mnemonic::Les | Mnemonic::Lds | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss => {
+                    lower_load_far(i, op)
+                }
                 _ => None,
             };
         }

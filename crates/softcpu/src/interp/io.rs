@@ -1,7 +1,7 @@
 //! IN, OUT, INS, OUTS.
 
-use super::string::{advance, index, rep, repeat, repetition};
 use super::h;
+use super::string::{advance, index, rep, repeat, repetition};
 use crate::decode::{Ctx, Flow};
 use crate::fault::Res;
 use crate::op::{Next, Op, OpPtr};

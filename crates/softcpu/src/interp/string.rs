@@ -239,7 +239,11 @@ fn string<T: Alu, S: Step>(cpu: &mut Cpu, op: OpPtr) -> Next {
 
 /// Repeats until the count in (E/R)CX is used up, a comparison ends it, or something is pending.
 #[inline(always)]
-pub(super) fn repeat(cpu: &mut Cpu, op: OpPtr, mut step: impl FnMut(&mut Cpu, &Op, u64) -> Res<(u64, bool)>) -> Next {
+pub(super) fn repeat(
+    cpu: &mut Cpu,
+    op: OpPtr,
+    mut step: impl FnMut(&mut Cpu, &Op, u64) -> Res<(u64, bool)>,
+) -> Next {
     let mut budget = PIECE;
     loop {
         let count = index(cpu, &op, reg::RCX);

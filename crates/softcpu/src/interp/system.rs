@@ -29,7 +29,11 @@ fn mov_from_cr(cpu: &mut Cpu, op: &Op) -> Res<()> {
         8 => cpu.apic.as_ref().map_or(0, |a| a.cr8() as u64),
         _ => return Err(cpu.ud()),
     };
-    if cpu.mode.is64() { cpu.set(op.dst, v) } else { cpu.set(op.dst, v as u32) }
+    if cpu.mode.is64() {
+        cpu.set(op.dst, v)
+    } else {
+        cpu.set(op.dst, v as u32)
+    }
     Ok(())
 }
 
@@ -59,7 +63,11 @@ fn mov_to_cr(cpu: &mut Cpu, op: &Op) -> Res<Next> {
 fn mov_from_dr(cpu: &mut Cpu, op: &Op) -> Res<()> {
     cpu.need_cpl0()?;
     let v = cpu.read_dr(op.src)?;
-    if cpu.mode.is64() { cpu.set(op.dst, v) } else { cpu.set(op.dst, v as u32) }
+    if cpu.mode.is64() {
+        cpu.set(op.dst, v)
+    } else {
+        cpu.set(op.dst, v as u32)
+    }
     Ok(())
 }
 
@@ -138,7 +146,11 @@ fn rdtsc<const AUX: bool>(cpu: &mut Cpu, _op: &Op) -> Res<()> {
 
 fn rdpid(cpu: &mut Cpu, op: &Op) -> Res<()> {
     let aux = cpu.msr.tsc_aux;
-    if cpu.mode.is64() { cpu.set(op.dst, aux) } else { cpu.set(op.dst, aux as u32) }
+    if cpu.mode.is64() {
+        cpu.set(op.dst, aux)
+    } else {
+        cpu.set(op.dst, aux as u32)
+    }
     Ok(())
 }
 
@@ -240,7 +252,11 @@ fn random_s<T: Int>(cpu: &mut Cpu, op: &Op) -> Res<()> {
 /// A hypercall: none is offered, which is what the answer says (-ENOSYS as KVM has it). Only the kernel may ask.
 fn hypercall(cpu: &mut Cpu, _op: &Op) -> Res<()> {
     let answer = if cpu.cpl == 0 { -1000i64 } else { -1 };
-    if cpu.mode.is64() { cpu.set(reg::RAX, answer as u64) } else { cpu.set(reg::RAX, answer as u32) }
+    if cpu.mode.is64() {
+        cpu.set(reg::RAX, answer as u64)
+    } else {
+        cpu.set(reg::RAX, answer as u32)
+    }
     Ok(())
 }
 

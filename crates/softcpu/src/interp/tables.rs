@@ -55,7 +55,11 @@ fn load_table<const IDT: bool>(cpu: &mut Cpu, op: &Op) -> Res<()> {
         return Err(cpu.gp(0));
     }
     let t = Table { base, limit };
-    if IDT { cpu.idtr = t } else { cpu.gdtr = t }
+    if IDT {
+        cpu.idtr = t
+    } else {
+        cpu.gdtr = t
+    }
     Ok(())
 }
 
@@ -172,11 +176,17 @@ fn inspect(cpu: &mut Cpu, selector: u16, q: Question) -> Res<Option<u32>> {
     let user = d.attr() & attr::S != 0;
     Ok(match q {
         Question::Rights => {
-            let ok = user || if long { matches!(d.kind(), 2 | 9 | 11 | 12) } else { matches!(d.kind(), 1..=5 | 9 | 11 | 12) };
+            let ok = user
+                || if long {
+                    matches!(d.kind(), 2 | 9 | 11 | 12)
+                } else {
+                    matches!(d.kind(), 1..=5 | 9 | 11 | 12)
+                };
             ok.then_some((d.raw >> 32) as u32 & 0x00ff_ff00)
         }
         Question::Limit => {
-            let ok = user || if long { matches!(d.kind(), 2 | 9 | 11) } else { matches!(d.kind(), 1..=3 | 9 | 11) };
+            let ok = user
+                || if long { matches!(d.kind(), 2 | 9 | 11) } else { matches!(d.kind(), 1..=3 | 9 | 11) };
             ok.then(|| d.limit())
         }
         Question::Read => (user && (!d.is_code() || d.attr() & attr::RW != 0)).then_some(0),
@@ -234,7 +244,11 @@ pub(super) fn lower(ctx: &Ctx<'_>, i: &Instruction, op: &mut Op) -> Option<Flow>
     op.handler = match i.mnemonic() {
         Mnemonic::Lgdt | Mnemonic::Lidt => {
             // A 16-bit operand size takes 24 bits of the base.
-            op.imm = if matches!(i.code(), iced_x86::Code::Lgdt_m1632_16 | iced_x86::Code::Lidt_m1632_16) { 3 } else { 4 };
+            op.imm = if matches!(i.code(), iced_x86::Code::Lgdt_m1632_16 | iced_x86::Code::Lidt_m1632_16) {
+                3
+            } else {
+                4
+            };
             if i.mnemonic() == Mnemonic::Lidt { h!(load_table::<true>) } else { h!(load_table::<false>) }
         }
         Mnemonic::Sgdt => h!(store_table::<false>),

@@ -46,14 +46,22 @@ impl PhysMap {
     pub fn with(&self, id: SlotId, slot: Slot) -> Result<Self, String> {
         let misaligned = (slot.gpa | slot.len | slot.offset) & (PAGE_SIZE - 1) != 0;
         if misaligned || slot.len == 0 {
-            return Err(format!("memory slot at {:#x}, {:#x} bytes, is empty or not page-aligned", slot.gpa, slot.len));
+            return Err(format!(
+                "memory slot at {:#x}, {:#x} bytes, is empty or not page-aligned",
+                slot.gpa, slot.len
+            ));
         }
         let end = slot.gpa.checked_add(slot.len).ok_or("memory slot wraps around the address space")?;
         if slot.offset.checked_add(slot.len).is_none_or(|e| e > slot.region.len()) {
             return Err(format!("memory slot at {:#x} reaches past its region", slot.gpa));
         }
         if let Some(o) = self.slots.iter().find(|o| o.gpa < end && slot.gpa < o.gpa + o.len) {
-            return Err(format!("memory slot {:#x}..{end:#x} overlaps {:#x}..{:#x}", slot.gpa, o.gpa, o.gpa + o.len));
+            return Err(format!(
+                "memory slot {:#x}..{end:#x} overlaps {:#x}..{:#x}",
+                slot.gpa,
+                o.gpa,
+                o.gpa + o.len
+            ));
         }
         let mut slots = self.slots.clone();
         let Slot { gpa, len, region, offset, readonly } = slot;

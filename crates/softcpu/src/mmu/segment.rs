@@ -13,8 +13,9 @@ impl Cpu {
             return Ok(base.wrapping_add(offset));
         }
         let g = &self.seg[s];
-        let flat = g.limit == u32::MAX && g.attr & (attr::P | attr::UNUSABLE | attr::S | attr::CODE | attr::EC | attr::RW)
-            == attr::P | attr::S | attr::RW;
+        let flat = g.limit == u32::MAX
+            && g.attr & (attr::P | attr::UNUSABLE | attr::S | attr::CODE | attr::EC | attr::RW)
+                == attr::P | attr::S | attr::RW;
         if flat {
             // An access that wraps around 4 GiB is left to wrap, as processors do for flat segments.
             return Ok(g.base.wrapping_add(offset) as u32 as u64);
@@ -29,7 +30,15 @@ impl Cpu {
     }
 
     /// Linear address in a given segment, used as segment register `s`; `error` is the code of a fault.
-    pub(crate) fn linear_in(&mut self, g: &Seg, s: usize, offset: u32, len: u32, write: bool, error: u32) -> Res<u64> {
+    pub(crate) fn linear_in(
+        &mut self,
+        g: &Seg,
+        s: usize,
+        offset: u32,
+        len: u32,
+        write: bool,
+        error: u32,
+    ) -> Res<u64> {
         let last = offset.wrapping_add(len.wrapping_sub(1));
         let mut ok = g.usable() && last >= offset;
         if self.protected() && !self.v86() {
@@ -52,7 +61,10 @@ impl Cpu {
     /// Offset of the memory operand of an operation within its segment.
     #[inline(always)]
     pub fn offset(&self, op: &crate::op::Op) -> u64 {
-        let sum = self.get::<u64>(op.base).wrapping_add(self.get::<u64>(op.index) << op.scale).wrapping_add(op.disp);
+        let sum = self
+            .get::<u64>(op.base)
+            .wrapping_add(self.get::<u64>(op.index) << op.scale)
+            .wrapping_add(op.disp);
         match op.asize() {
             crate::op::asize::A64 => sum,
             crate::op::asize::A32 => sum as u32 as u64,

@@ -243,7 +243,13 @@ impl Cpu {
     /// Host address for an access within a page of plain memory; the permissions of all of it are checked.
     #[cold]
     #[inline(never)]
-    pub(super) fn host_slow(&mut self, s: usize, lin: u64, len: usize, access: Access) -> Res<Option<*mut u8>> {
+    pub(super) fn host_slow(
+        &mut self,
+        s: usize,
+        lin: u64,
+        len: usize,
+        access: Access,
+    ) -> Res<Option<*mut u8>> {
         let p = self.privilege();
         let at = (lin & !PAGE_MASK) as usize;
         if at + len > 4096 {

@@ -85,7 +85,11 @@ struct TableOf<E: Copy> {
 
 impl<E: Copy> TableOf<E> {
     fn new(size: usize, empty: E) -> Self {
-        Self { entries: vec![empty; size].into_boxed_slice(), fills: Vec::with_capacity(REMEMBERED), overflow: false }
+        Self {
+            entries: vec![empty; size].into_boxed_slice(),
+            fills: Vec::with_capacity(REMEMBERED),
+            overflow: false,
+        }
     }
 
     fn filled(&mut self, index: usize) {
@@ -175,7 +179,8 @@ pub struct Tlb {
 impl Tlb {
     /// Empty.
     pub fn new() -> Self {
-        let mut t = Self { contexts: vec![Context::new(0)], current: 0, clock: 0, generations: 0, global_epoch: 0 };
+        let mut t =
+            Self { contexts: vec![Context::new(0)], current: 0, clock: 0, generations: 0, global_epoch: 0 };
         t.contexts[0].generation = t.fresh();
         t
     }
@@ -273,7 +278,12 @@ impl Tlb {
                 self.contexts.push(c);
                 return self.contexts.len() - 1;
             }
-            let (oldest, _) = self.contexts.iter().enumerate().min_by_key(|(_, c)| c.last_use).unwrap_or((0, &self.contexts[0]));
+            let (oldest, _) = self
+                .contexts
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, c)| c.last_use)
+                .unwrap_or((0, &self.contexts[0]));
             let g = self.fresh();
             let c = &mut self.contexts[oldest];
             c.clear();

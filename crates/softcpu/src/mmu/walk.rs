@@ -54,7 +54,12 @@ impl Cpu {
     /// Translates a (canonical) linear address. On failure returns the page-fault error code.
     pub(super) fn walk(&self, lin: u64, access: Access, privilege: Privilege) -> Result<Walk, u32> {
         if self.cr0 & cr::CR0_PG == 0 {
-            return Ok(Walk { page: lin & PAGE_MASK & 0xffff_ffff, writable: true, global: true, large: None });
+            return Ok(Walk {
+                page: lin & PAGE_MASK & 0xffff_ffff,
+                writable: true,
+                global: true,
+                large: None,
+            });
         }
         let r = if self.long_mode() {
             self.walk_levels::<4>(lin, access, privilege)
@@ -97,12 +102,18 @@ impl Cpu {
     }
 
     /// Four-level and PAE paging.
-    fn walk_levels<const LEVELS: u32>(&self, lin: u64, access: Access, privilege: Privilege) -> Result<Walk, Stop> {
+    fn walk_levels<const LEVELS: u32>(
+        &self,
+        lin: u64,
+        access: Access,
+        privilege: Privilege,
+    ) -> Result<Walk, Stop> {
         let map = &self.mmu.phys;
         let beyond = !((1u64 << self.mmu.phys_bits) - 1) & 0x000f_ffff_ffff_f000;
         let nxe = self.efer & cr::EFER_NXE != 0;
         // In PAE paging, bits 52 to 62 are reserved; in four-level paging they are ignored.
-        let always_reserved = beyond | if nxe { 0 } else { NX } | if LEVELS == 3 { 0x7ff0_0000_0000_0000 } else { 0 };
+        let always_reserved =
+            beyond | if nxe { 0 } else { NX } | if LEVELS == 3 { 0x7ff0_0000_0000_0000 } else { 0 };
         'restart: loop {
             let mut rights = Rights { write: true, user: true, exec: true };
             let (mut table, mut level) = if LEVELS == 4 {
@@ -198,7 +209,11 @@ impl Cpu {
                 if entry & bits != bits && !map.set_bits::<false>(at, entry, bits & !entry) {
                     continue 'restart;
                 }
-                let base = if large { entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32 } else { entry & 0xffff_f000 };
+                let base = if large {
+                    entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
+                } else {
+                    entry & 0xffff_f000
+                };
                 let inside = (1u64 << shift) - 1;
                 return Ok(Walk {
                     page: (base | lin & if large { inside } else { 0 }) & PAGE_MASK,

@@ -183,8 +183,8 @@ pub fn recipe(i: &Instruction) -> Option<Recipe> {
         Class::Avx if aligned_vex(mnemonic) => size as u8,
         _ => 1,
     };
-    // CVTPI2PS switches to MMX mode even with a memory operand; CVTPI2PD does not.
-    let x87 = x87_unit || mm || mnemonic == Mnemonic::Cvtpi2ps || class == Class::Mmx;
+    // Conversions from memory do not touch the MMX registers, and do not wait for x87 exceptions (AMD).
+    let x87 = x87_unit || mm || class == Class::Mmx;
     Some(Recipe {
         class,
         access,

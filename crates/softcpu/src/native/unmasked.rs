@@ -111,8 +111,9 @@ impl Cpu {
         }
         self.fpu.set_mxcsr(guest | raised);
         if raised & unmasked != 0 {
+            let switched = t.x87 && self.fpu.in_mmx();
             before.put_back(self, op);
-            if t.x87 {
+            if switched {
                 // The switch to MMX comes before the exception.
                 self.fpu.enter_mmx();
             }
@@ -142,6 +143,8 @@ impl Cpu {
 struct Kept {
     vector: Vector,
     general: u64,
+    /// XMM0 and RCX: results of the string comparisons.
+    implicit: (Vector, u64),
     x87: Option<Box<Legacy>>,
 }
 
@@ -149,11 +152,12 @@ impl Kept {
     fn of(cpu: &mut Cpu, op: &Op, t: &Thunk) -> Self {
         let n = usize::from(op.dst / 8 & 15);
         let x87 = t.x87.then(|| Box::new(cpu.fpu.x87_ref().clone()));
-        Self { vector: cpu.fpu.vec[n], general: cpu.regs[n], x87 }
+        Self { vector: cpu.fpu.vec[n], general: cpu.regs[n], implicit: (cpu.fpu.vec[0], cpu.regs[1]), x87 }
     }
 
     fn put_back(&self, cpu: &mut Cpu, op: &Op) {
         let n = usize::from(op.dst / 8 & 15);
+        (cpu.fpu.vec[0], cpu.regs[1]) = self.implicit;
         cpu.fpu.vec[n] = self.vector;
         cpu.regs[n] = self.general;
         if let Some(x87) = &self.x87 {

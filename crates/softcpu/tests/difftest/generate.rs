@@ -62,6 +62,10 @@ impl<'a> Generator<'a> {
             if !compared || at + bytes.len() > CODE_MAX || !last && may_leave_undefined(&i) || flags(i.rflags_read()) & undefined != 0 {
                 return None;
             }
+            if i.is_vsib() {
+                // Some processors let a single-step trap in between two elements.
+                draft.case.regs.rflags &= !0x100;
+            }
             draft.case.code[at..at + bytes.len()].copy_from_slice(&bytes);
             draft.case.code_len += bytes.len() as u32;
             let settled = flags(i.rflags_written() | i.rflags_cleared() | i.rflags_set());
@@ -71,7 +75,7 @@ impl<'a> Generator<'a> {
             undefined |= flags(i.rflags_undefined());
             draft.case.undefined |= undefined;
         }
-        if draft.rng.chance(2) {
+        if draft.rng.chance(2) && draft.case.ignore[0].1 == 0 {
             // At the end of the page: what follows cannot be fetched; or not even the instruction can, whole.
             let cut = draft.rng.below(u64::from(draft.case.code_len)) as u32;
             let cut = if draft.rng.chance(50) { 0 } else { cut };
@@ -515,6 +519,10 @@ impl Draft<'_> {
                     target = (DATA + self.rng.below(DATA_LEN as u64 - 1024)) / align * align;
                 }
                 self.image(m, target);
+                let patched = self.case.patch_len != 0 && self.case.patch_at as u64 == target.wrapping_sub(DATA);
+                if matches!(m, Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr) && !patched && self.rng.chance(90) {
+                    return None;
+                }
                 if matches!(m, Mnemonic::Jmp | Mnemonic::Call) && self.rng.chance(80) {
                     let to = self.code_target();
                     self.patch(target, &to.to_le_bytes());
@@ -536,7 +544,10 @@ impl Draft<'_> {
                 i.set_op_kind(n, OpKind::Register);
                 if r.is_gpr() && matches!(m, Mnemonic::Jmp | Mnemonic::Call) && self.rng.chance(80) {
                     let to = self.code_target();
-                    self.pin(r.full_register().number(), to);
+                    let n = r.full_register().number();
+                    if self.pinned >> n & 1 == 0 {
+                        self.pin(n, to);
+                    }
                 }
                 continue;
             }

@@ -75,15 +75,18 @@ fn run(family: Family, share: u64) {
             let got = other.run(&cases);
             for ((case, expected), got) in cases.iter().zip(&expected).zip(&got) {
                 let Some(expected) = expected else { continue };
-                let agree = got.as_ref().is_some_and(|got| compare::compare(case, expected, got).is_empty());
-                if agree {
+                let differences = match got {
+                    Some(got) => compare::compare(case, expected, got),
+                    None => vec!["breakdown".into()],
+                };
+                if differences.is_empty() {
                     continue;
                 }
                 let key = format!("{:?}", compare::first_code(case));
                 let new = !failures.contains_key(&key);
                 *failures.entry(key).or_default() += 1;
                 if new && failures.len() <= REPORTED {
-                    report(case, &mut native, &mut **other);
+                    report(case, &differences, &mut native, &mut **other);
                 }
             }
         }
@@ -99,7 +102,7 @@ fn run(family: Family, share: u64) {
 }
 
 /// Shrinks and prints a failing case.
-fn report(case: &Case, native: &mut dyn Executor, other: &mut dyn Executor) {
+fn report(case: &Case, found: &[String], native: &mut dyn Executor, other: &mut dyn Executor) {
     let mut outcomes = |c: &Case| {
         let a = native.run(std::slice::from_ref(c)).remove(0);
         let b = other.run(std::slice::from_ref(c)).remove(0);
@@ -114,7 +117,12 @@ fn report(case: &Case, native: &mut dyn Executor, other: &mut dyn Executor) {
         (None, _) => None,
     };
     let wanted = kind(case);
-    let small = shrink::shrink(case, |c| wanted.is_some() && kind(c).as_deref().map(head) == wanted.as_deref().map(head));
+    if wanted.is_none() {
+        println!("---- not reproducible alone: {}", found.join("; "));
+        print!("{}", compare::describe(case));
+        return;
+    }
+    let small = shrink::shrink(case, |c| kind(c).as_deref().map(head) == wanted.as_deref().map(head));
     let (a, b) = outcomes(&small);
     println!("---- native / {}", other.name());
     print!("{}", compare::describe(&small));

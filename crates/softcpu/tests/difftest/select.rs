@@ -87,7 +87,7 @@ fn excluded(code: Code) -> bool {
         Cpuid | Rdtsc | Rdtscp | Rdpmc | Rdpid | Rdrand | Rdseed | Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw
             | Syscall | Sysenter | Int | Int1 | Int3 | Into | Iret | Iretd | Iretq | Retf | Xgetbv | Wrfsbase | Wrgsbase
             | Rdfsbase | Lss | Lfs | Lgs | Lds | Les | Loadall | Umov | Ibts | Xbts | Frstpm | Fnstdw | Fnstsg | Xsaves
-            | Xsaves64 | Xrstors | Xrstors64 | Bound | Arpl | Ud0
+            | Xsaves64 | Xrstors | Xrstors64 | Bound | Arpl | Ud0 | Ud1
     );
     let far = format!("{code:?}").contains("ptr") || matches!(m, Jmp | Call) && format!("{code:?}").contains("m16");
     let loads_segment = matches!(
@@ -95,7 +95,7 @@ fn excluded(code: Code) -> bool {
         Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16 | Code::Popw_FS | Code::Popw_GS | Code::Popq_FS
             | Code::Popq_GS | Code::Popd_FS | Code::Popd_GS
     );
-    // BSWAP of a 16-bit register is undefined. So is 0F 0D with a register; and UD0 has a ModRM byte or not. Near branches with a 16-bit operand size differ between vendors.
+    // BSWAP of a 16-bit register is undefined. So is 0F 0D with a register; and UD0 and UD1 have a ModRM byte or not, depending on who made the processor. Near branches with a 16-bit operand size differ between vendors.
     let reserved = format!("{code:?}").contains("0F0D");
     let undefined = reserved || matches!(code, Code::Bswap_r16) || matches!(i.operand_size(), 16) && is_branch(m);
     system || far || loads_segment || undefined
@@ -145,6 +145,8 @@ pub fn codes(wanted: Family) -> Vec<Code> {
                 && i.mode64()
                 && matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
                 && c.cpuid_features().iter().all(|f| promised.contains(f))
+                // With a WAIT in front they are two instructions.
+                && !i.fwait()
                 && !i.must_be_cpl0()
                 && i.cpl3()
                 && !excluded(*c)

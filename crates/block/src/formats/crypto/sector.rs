@@ -48,7 +48,9 @@ impl CipherName {
             "aes" => Ok(CipherName::Aes),
             "serpent" => Ok(CipherName::Serpent),
             "twofish" => Ok(CipherName::Twofish),
-            _ => Err(Error::unsupported(format!("Unsupported cipher '{name}'; aes, serpent and twofish are supported"))),
+            _ => Err(Error::unsupported(format!(
+                "Unsupported cipher '{name}'; aes, serpent and twofish are supported"
+            ))),
         }
     }
 
@@ -73,7 +75,9 @@ impl CipherName {
             (CipherName::Twofish, 16 | 24 | 32) => make::<twofish::Twofish>(key),
             _ => None,
         };
-        made.ok_or_else(|| Error::unsupported(format!("{} takes no keys of {} bytes", self.name(), key.len())))
+        made.ok_or_else(|| {
+            Error::unsupported(format!("{} takes no keys of {} bytes", self.name(), key.len()))
+        })
     }
 }
 
@@ -128,7 +132,11 @@ impl SectorCipher {
                 let (a, b) = key.split_at(key.len() / 2);
                 (a, Mode::Xts(name.keyed(b)?))
             }
-            _ => return Err(Error::unsupported(format!("Unsupported cipher mode '{chain}'; xts, cbc and ecb are supported"))),
+            _ => {
+                return Err(Error::unsupported(format!(
+                    "Unsupported cipher mode '{chain}'; xts, cbc and ecb are supported"
+                )));
+            }
         };
         let vector = match vector.split_once(':').unwrap_or((vector, "")) {
             ("", _) if matches!(mode, Mode::Ecb) => Vector::None,
@@ -273,7 +281,10 @@ mod tests {
         let cipher = SectorCipher::new(CipherName::Aes, "xts-plain64", &key, Tweak::Guest).unwrap();
         let mut sector = [0x44; SECTOR];
         cipher.run(true, 0x33_3333_3333, &mut sector).unwrap();
-        assert_eq!(sector[..16], [0xc4, 0x54, 0x18, 0x5e, 0x6a, 0x16, 0x93, 0x6e, 0x39, 0x33, 0x40, 0x38, 0xac, 0xef, 0x83, 0x8b]);
+        assert_eq!(
+            sector[..16],
+            [0xc4, 0x54, 0x18, 0x5e, 0x6a, 0x16, 0x93, 0x6e, 0x39, 0x33, 0x40, 0x38, 0xac, 0xef, 0x83, 0x8b]
+        );
         cipher.run(false, 0x33_3333_3333, &mut sector).unwrap();
         assert_eq!(sector, [0x44; SECTOR]);
     }
@@ -284,7 +295,8 @@ mod tests {
             for mode in ["xts-plain64", "xts-plain", "cbc-plain64", "cbc-essiv:sha256", "ecb"] {
                 let key: Vec<u8> = (0..64).take(if mode.starts_with("xts") { 64 } else { 32 }).collect();
                 for sector in [512, 4096] {
-                    let cipher = SectorCipher::new(name, mode, &key, Tweak::GuestFrom(5)).unwrap().with_sector(sector);
+                    let cipher =
+                        SectorCipher::new(name, mode, &key, Tweak::GuestFrom(5)).unwrap().with_sector(sector);
                     let mut bytes = vec![7; 8192];
                     cipher.encrypt(4096, 0, &mut bytes).unwrap();
                     assert_ne!(bytes[..16], [7; 16]);

@@ -4,8 +4,8 @@ mod v1;
 mod v2;
 
 use super::{
-    Cipher, Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation, ProbeInput,
-    WriteExtent, crypto::SectorCipher, support,
+    Cipher, Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation,
+    ProbeInput, WriteExtent, crypto::SectorCipher, support,
 };
 use crate::{
     Error, Result,
@@ -75,7 +75,10 @@ fn probe(input: &ProbeInput<'_>) -> u32 {
 
 fn secret<'a>(options: &mut Options, secrets: &'a BTreeMap<String, Vec<u8>>) -> Result<Option<&'a [u8]>> {
     let Some(id) = options.take("key-secret") else { return Ok(None) };
-    secrets.get(&id).map(|s| Some(s.as_slice())).ok_or_else(|| Error::usage(format!("No secret with id '{id}'")))
+    secrets
+        .get(&id)
+        .map(|s| Some(s.as_slice()))
+        .ok_or_else(|| Error::usage(format!("No secret with id '{id}'")))
 }
 
 fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
@@ -90,7 +93,12 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     let unlocked = match (&head[..6] == MAGIC, head[6], head[7]) {
         (true, 0, 1) => v1::open(&*storage, passphrase)?,
         (true, 0, 2) => v2::open(&*storage, passphrase)?,
-        (true, a, b) => return Err(Error::unsupported(format!("LUKS version {} is not supported", u16::from_be_bytes([a, b])))),
+        (true, a, b) => {
+            return Err(Error::unsupported(format!(
+                "LUKS version {} is not supported",
+                u16::from_be_bytes([a, b])
+            )));
+        }
         _ => return Err(Error::invalid("Volume is not in LUKS format")),
     };
     let room = storage.size()?.saturating_sub(unlocked.payload);
@@ -163,7 +171,17 @@ impl Format for Luks {
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
         let host = self.payload + offset;
-        out.push(WriteExtent { offset, len, file: 0, host, new: false, head: 0, tail: 0, fresh: false, cookie: 0 });
+        out.push(WriteExtent {
+            offset,
+            len,
+            file: 0,
+            host,
+            new: false,
+            head: 0,
+            tail: 0,
+            fresh: false,
+            cookie: 0,
+        });
         Ok(())
     }
 
@@ -190,7 +208,8 @@ impl Format for Luks {
         if self.fixed_size {
             return Err(support::no_resize());
         }
-        let size = size.checked_next_multiple_of(self.unit()).and_then(|s| Some((s, s.checked_add(self.payload)?)));
+        let size =
+            size.checked_next_multiple_of(self.unit()).and_then(|s| Some((s, s.checked_add(self.payload)?)));
         let (size, end) = size.ok_or_else(|| Error::usage("The requested file size is too large"))?;
         let old = self.size();
         self.storages[0].set_size(end)?;

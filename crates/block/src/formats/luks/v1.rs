@@ -95,7 +95,9 @@ impl Header {
             if slot.active && (slot.iterations == 0 || slot.iterations > MAX_ITERATIONS) {
                 return Err(bad(format!("key slot {i} asks for {} iterations", slot.iterations)));
             }
-            if slot.offset < HEADER as u64 || (payload > 0 && slot.offset + slot.material(key_bytes) > payload) {
+            if slot.offset < HEADER as u64
+                || (payload > 0 && slot.offset + slot.material(key_bytes) > payload)
+            {
                 return Err(bad(format!("key slot {i} overlaps the header or the disk")));
             }
         }
@@ -219,7 +221,10 @@ fn unlock(storage: &dyn Storage, header: &Header, passphrase: &[u8]) -> Result<S
             return made;
         }
     }
-    Err(Error::io("Invalid password, cannot unlock any keyslot", std::io::Error::from_raw_os_error(libc::EPERM)))
+    Err(Error::io(
+        "Invalid password, cannot unlock any keyslot",
+        std::io::Error::from_raw_os_error(libc::EPERM),
+    ))
 }
 
 /// The algorithms chosen by creation options.
@@ -237,7 +242,11 @@ impl Choice {
             "128" => 128,
             "192" => 192,
             "256" => 256,
-            _ => return Err(Error::usage(format!("Invalid parameter '{cipher}'; cipher-alg is e.g. aes-256"))),
+            _ => {
+                return Err(Error::usage(format!(
+                    "Invalid parameter '{cipher}'; cipher-alg is e.g. aes-256"
+                )));
+            }
         };
         let chain = options.take("cipher-mode").unwrap_or_else(|| "xts".into());
         if chain == "xts" && bits == 192 {
@@ -248,7 +257,9 @@ impl Choice {
         let mode = match (chain.as_str(), ivgen.as_str(), ivgen_hash) {
             (chain, "essiv", hash) => format!("{chain}-essiv:{}", hash.as_deref().unwrap_or("sha256")),
             (chain, ivgen, None) => format!("{chain}-{ivgen}"),
-            (_, ivgen, Some(_)) => return Err(Error::usage(format!("ivgen-hash-alg makes no sense with ivgen-alg {ivgen}"))),
+            (_, ivgen, Some(_)) => {
+                return Err(Error::usage(format!("ivgen-hash-alg makes no sense with ivgen-alg {ivgen}")));
+            }
         };
         Ok(Choice {
             cipher: CipherName::parse(name)?,
@@ -299,7 +310,8 @@ pub(super) fn create(storage: &dyn Storage, passphrase: &[u8], options: &mut Opt
         salt
     };
     let stride = (u64::from(STRIPES) * u64::from(choice.key_bytes)).next_multiple_of(ALIGN);
-    let mut slots = [Slot { active: false, iterations: 0, salt: [0; SALT], offset: 0, stripes: STRIPES }; SLOTS];
+    let mut slots =
+        [Slot { active: false, iterations: 0, salt: [0; SALT], offset: 0, stripes: STRIPES }; SLOTS];
     for (i, slot) in slots.iter_mut().enumerate() {
         slot.offset = ALIGN + i as u64 * stride;
     }
@@ -359,7 +371,15 @@ mod tests {
             assert!(open(&memory, Some(b"Secret")).is_err());
             assert_eq!(open(&memory, None).unwrap().payload, memory.size().unwrap());
         }
-        for bad in ["cipher-alg=aes", "cipher-alg=rot13-256", "cipher-mode=ctr", "ivgen-alg=odd", "hash-alg=md5", "iter-time=0", "cipher-alg=aes-192"] {
+        for bad in [
+            "cipher-alg=aes",
+            "cipher-alg=rot13-256",
+            "cipher-mode=ctr",
+            "ivgen-alg=odd",
+            "hash-alg=md5",
+            "iter-time=0",
+            "cipher-alg=aes-192",
+        ] {
             let mut options = Options::parse(bad).unwrap();
             assert!(create(&MemoryStorage::default(), b"x", &mut options).is_err(), "{bad}");
         }

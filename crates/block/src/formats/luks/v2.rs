@@ -165,11 +165,17 @@ fn read_metadata(storage: &dyn Storage) -> Result<(Metadata, String)> {
 pub(super) fn open(storage: &dyn Storage, passphrase: Option<&[u8]>) -> Result<Unlocked> {
     let (metadata, uuid) = read_metadata(storage)?;
     if let Some(requirement) = metadata.config.requirements.iter().flat_map(|r| &r.mandatory).next() {
-        return Err(Error::unsupported(format!("The LUKS2 image requires '{requirement}', which is not supported")));
+        return Err(Error::unsupported(format!(
+            "The LUKS2 image requires '{requirement}', which is not supported"
+        )));
     }
     let (id, segment) = match metadata.segments.iter().next() {
         Some((id, s)) if metadata.segments.len() == 1 && s.kind == "crypt" => (id, s),
-        _ => return Err(Error::unsupported("LUKS2 images with other than one encrypted segment are not supported")),
+        _ => {
+            return Err(Error::unsupported(
+                "LUKS2 images with other than one encrypted segment are not supported",
+            ));
+        }
     };
     let offset = number(&segment.offset, "segment offset")?;
     if !offset.is_multiple_of(512) || offset > i64::MAX as u64 {
@@ -215,7 +221,8 @@ fn unlock(storage: &dyn Storage, metadata: &Metadata, segment: &str, passphrase:
         if digest.kind != "pbkdf2" || digest.iterations == 0 || digest.iterations > MAX_ITERATIONS {
             return Err(bad(format!("digest of type '{}'", digest.kind)));
         }
-        let (hash, salt, wanted) = (Hash::parse(&digest.hash)?, base64(&digest.salt)?, base64(&digest.digest)?);
+        let (hash, salt, wanted) =
+            (Hash::parse(&digest.hash)?, base64(&digest.salt)?, base64(&digest.digest)?);
         for slot in digest.keyslots.iter().filter_map(|id| metadata.keyslots.get(id)) {
             let key = match slot.key(storage, passphrase) {
                 Ok(key) => key,
@@ -233,7 +240,10 @@ fn unlock(storage: &dyn Storage, metadata: &Metadata, segment: &str, passphrase:
         }
     }
     Err(skipped.unwrap_or_else(|| {
-        Error::io("Invalid password, cannot unlock any keyslot", std::io::Error::from_raw_os_error(libc::EPERM))
+        Error::io(
+            "Invalid password, cannot unlock any keyslot",
+            std::io::Error::from_raw_os_error(libc::EPERM),
+        )
     }))
 }
 
@@ -241,11 +251,17 @@ impl KeySlot {
     /// What the slot holds, if the passphrase is right; noise otherwise.
     fn key(&self, storage: &dyn Storage, passphrase: &[u8]) -> Result<Vec<u8>> {
         let (Some(area), Some(af), Some(kdf)) = (&self.area, &self.af, &self.kdf) else {
-            return Err(Error::unsupported(format!("LUKS2 key slots of type '{}' are not supported", self.kind)));
+            return Err(Error::unsupported(format!(
+                "LUKS2 key slots of type '{}' are not supported",
+                self.kind
+            )));
         };
         let (offset, size) = (number(&area.offset, "area offset")?, number(&area.size, "area size")?);
-        let length = (1..=MAX_KEY).contains(&self.key_size).then(|| self.key_size.checked_mul(af.stripes)).flatten();
-        let length = length.filter(|&l| l > 0 && l as u64 <= size.min(1 << 24)).ok_or_else(|| bad("a key slot's sizes"))?;
+        let length =
+            (1..=MAX_KEY).contains(&self.key_size).then(|| self.key_size.checked_mul(af.stripes)).flatten();
+        let length = length
+            .filter(|&l| l > 0 && l as u64 <= size.min(1 << 24))
+            .ok_or_else(|| bad("a key slot's sizes"))?;
         if !(1..=MAX_KEY).contains(&area.key_size) || offset > i64::MAX as u64 {
             return Err(bad("a key slot's area"));
         }
@@ -271,8 +287,12 @@ impl Kdf {
                 Hash::parse(hash)?.pbkdf2(passphrase, &base64(salt)?, *iterations, &mut out);
                 return Ok(out);
             }
-            Kdf::Argon2i { time, memory, cpus, salt } => (argon2::Algorithm::Argon2i, time, memory, cpus, salt),
-            Kdf::Argon2id { time, memory, cpus, salt } => (argon2::Algorithm::Argon2id, time, memory, cpus, salt),
+            Kdf::Argon2i { time, memory, cpus, salt } => {
+                (argon2::Algorithm::Argon2i, time, memory, cpus, salt)
+            }
+            Kdf::Argon2id { time, memory, cpus, salt } => {
+                (argon2::Algorithm::Argon2id, time, memory, cpus, salt)
+            }
         };
         if *memory > MAX_MEMORY || *time > 1 << 16 || *cpus > 64 {
             return Err(Error::unsupported(format!(
@@ -292,11 +312,7 @@ impl Kdf {
 mod tests {
     use super::*;
     use crate::{
-        formats::{
-            Cipher,
-            crypto::split_stripes,
-            support::put,
-        },
+        formats::{Cipher, crypto::split_stripes, support::put},
         storage::MemoryStorage,
     };
     use proptest::prelude::*;
@@ -309,7 +325,11 @@ mod tests {
                 let v = u32::from(c[0]) << 16
                     | u32::from(*c.get(1).unwrap_or(&0)) << 8
                     | u32::from(*c.get(2).unwrap_or(&0));
-                (0..4).map(move |i| if i <= c.len() { DIGITS[(v >> (18 - 6 * i) & 63) as usize] as char } else { '=' })
+                (0..4).map(
+                    move |i| {
+                        if i <= c.len() { DIGITS[(v >> (18 - 6 * i) & 63) as usize] as char } else { '=' }
+                    },
+                )
             })
             .collect()
     }
@@ -322,7 +342,10 @@ mod tests {
         let derived = serde_json::from_value::<Kdf>(kdf.clone()).unwrap().derive(b"secret", 64).unwrap();
         let mut stripes = split_stripes(Hash::Sha256, &key, 100).unwrap();
         stripes.resize(stripes.len().next_multiple_of(512), 0);
-        SectorCipher::new(CipherName::Aes, "xts-plain64", &derived, Tweak::Guest).unwrap().run(true, 0, &mut stripes).unwrap();
+        SectorCipher::new(CipherName::Aes, "xts-plain64", &derived, Tweak::Guest)
+            .unwrap()
+            .run(true, 0, &mut stripes)
+            .unwrap();
         memory.write_at(&stripes, 32768).unwrap();
         let mut digest = [0; 32];
         Hash::Sha256.pbkdf2(&key, b"digestsalt", 1000, &mut digest);

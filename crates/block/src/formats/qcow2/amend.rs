@@ -18,7 +18,14 @@ impl Qcow2 {
         let raw = options.take_bool("data_file_raw")?;
         let data_file = options.take("data_file");
         let (backing_name, backing_format) = (options.take("backing_file"), options.take("backing_fmt"));
-        for fixed in ["cluster_size", "preallocation", "encryption", "encrypt.format", "extended_l2", "compression_type"] {
+        for fixed in [
+            "cluster_size",
+            "preallocation",
+            "encryption",
+            "encrypt.format",
+            "extended_l2",
+            "compression_type",
+        ] {
             if options.take(fixed).is_some() {
                 return Err(Error::unsupported(format!("Invalid parameter '{fixed}': it cannot be amended")));
             }
@@ -35,7 +42,9 @@ impl Qcow2 {
         }
         if let Some(bits) = width {
             if target < 3 && bits != 16 {
-                return Err(Error::usage("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"));
+                return Err(Error::usage(
+                    "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+                ));
             }
             let mut meta = self.lock();
             let order = bits.trailing_zeros();
@@ -45,7 +54,9 @@ impl Qcow2 {
         }
         if let Some(lazy) = lazy {
             if target < 3 {
-                return Err(Error::usage("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"));
+                return Err(Error::usage(
+                    "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
+                ));
             }
             self.change_header(|h| {
                 h.compatible = h.compatible & !header::LAZY_REFCOUNTS | u64::from(lazy);
@@ -66,7 +77,9 @@ impl Qcow2 {
         if let Some(name) = data_file {
             self.change_header(|h| {
                 if h.incompatible & header::DATA_FILE == 0 {
-                    return Err(Error::usage("data-file can only be set for images that use an external data file"));
+                    return Err(Error::usage(
+                        "data-file can only be set for images that use an external data file",
+                    ));
                 }
                 h.data_file = (!name.is_empty()).then(|| name.clone());
                 Ok(())
@@ -128,7 +141,11 @@ impl Qcow2 {
         if h.bitmaps.is_some() {
             return refuse("bitmaps");
         }
-        if meta.snapshots.iter().any(|s| s.info.vm_state_size > u64::from(u32::MAX) || s.info.disk_size != h.size) {
+        if meta
+            .snapshots
+            .iter()
+            .any(|s| s.info.vm_state_size > u64::from(u32::MAX) || s.info.disk_size != h.size)
+        {
             return Err(Error::usage("Internal snapshots prevent downgrade of image"));
         }
         if !meta.snapshots.is_empty() {

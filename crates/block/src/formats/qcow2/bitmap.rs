@@ -232,9 +232,9 @@ impl Qcow2 {
     }
 
     fn find_bitmap(&self, list: &[Entry], name: &str) -> Result<usize> {
-        list.iter().position(|e| e.info.name == name).ok_or_else(|| {
-            Error::NotFound(format!("Dirty bitmap '{name}' not found"))
-        })
+        list.iter()
+            .position(|e| e.info.name == name)
+            .ok_or_else(|| Error::NotFound(format!("Dirty bitmap '{name}' not found")))
     }
 
     fn change_flags(&self, names: &[&str], clear: u32, set: u32) -> Result<()> {
@@ -327,7 +327,8 @@ impl Qcow2 {
                 Some(bits) => bits,
                 None => {
                     // The disk's size has changed already: read what the table covers.
-                    let mut out = vec![0; (table.len() as u64 * self.geo.cluster_size).min(MAX_BITS_BYTES) as usize];
+                    let mut out =
+                        vec![0; (table.len() as u64 * self.geo.cluster_size).min(MAX_BITS_BYTES) as usize];
                     for (piece, word) in out.chunks_mut(self.geo.cluster_size as usize).zip(table) {
                         match word & OFFSET {
                             0 if word & 1 != 0 => piece.fill(0xff),
@@ -381,7 +382,9 @@ impl Bitmaps for Qcow2 {
         }
         let len = bits_len(self.disk_size(), granularity);
         if len > MAX_BITS_BYTES || list.len() as u32 >= MAX_BITMAPS {
-            return Err(Error::usage(format!("Bitmap '{name}' would be too large; use a larger granularity")));
+            return Err(Error::usage(format!(
+                "Bitmap '{name}' would be too large; use a larger granularity"
+            )));
         }
         let (table_offset, table_size) = self.write_bits(&mut meta, &vec![0; len as usize])?;
         list.push(Entry {
@@ -414,7 +417,11 @@ impl Bitmaps for Qcow2 {
         if list[self.find_bitmap(&list, name)?].info.in_use {
             return Err(Error::invalid(format!("Bitmap '{name}' is inconsistent and cannot be used")));
         }
-        if enabled { self.change_flags(&[name], 0, AUTO)? } else { self.change_flags(&[name], AUTO, 0)? }
+        if enabled {
+            self.change_flags(&[name], 0, AUTO)?
+        } else {
+            self.change_flags(&[name], AUTO, 0)?
+        }
         self.load_tracked()
     }
 

@@ -106,7 +106,9 @@ impl Checker<'_> {
             if active && !fix_flags {
                 let refcount = self.image.refcounts(meta)?.get(table >> self.bits)?;
                 if (refcount == 1) != (entry & COPIED != 0) {
-                    self.bad(format!("OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={refcount}"));
+                    self.bad(format!(
+                        "OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={refcount}"
+                    ));
                 }
             }
             self.count_l2(meta, table, active, fix_flags)?;
@@ -139,11 +141,21 @@ impl Checker<'_> {
         Ok(())
     }
 
-    fn count_entry(&mut self, meta: &mut Meta, entry: u64, bitmap: u64, active: bool, fix_flags: bool) -> Result<()> {
+    fn count_entry(
+        &mut self,
+        meta: &mut Meta,
+        entry: u64,
+        bitmap: u64,
+        active: bool,
+        fix_flags: bool,
+    ) -> Result<()> {
         let geo = self.image.geo;
         if entry & COMPRESSED != 0 {
             if entry & COPIED != 0 {
-                self.bad(format!("cluster {}: copied flag must never be set for compressed clusters", (entry & OFFSET) >> self.bits));
+                self.bad(format!(
+                    "cluster {}: copied flag must never be set for compressed clusters",
+                    (entry & OFFSET) >> self.bits
+                ));
             }
             if geo.data_file {
                 self.bad("compressed cluster found in image with external data file".to_owned());
@@ -161,15 +173,21 @@ impl Checker<'_> {
         }
         let host = entry & OFFSET;
         if geo.subclusters > 1 && (bitmap as u32) & (bitmap >> 32) as u32 != 0 {
-            self.bad(format!("cluster {:#x}: subclusters are both allocated and zero (bitmap {bitmap:#x})", host));
+            self.bad(format!(
+                "cluster {:#x}: subclusters are both allocated and zero (bitmap {bitmap:#x})",
+                host
+            ));
         }
         if host == 0 && !(geo.data_file && entry & COPIED != 0) {
             if geo.subclusters > 1 && bitmap as u32 != 0 {
-                self.bad(format!("cluster has no host cluster but allocated subclusters (bitmap {bitmap:#x})"));
+                self.bad(format!(
+                    "cluster has no host cluster but allocated subclusters (bitmap {bitmap:#x})"
+                ));
             }
             return Ok(());
         }
-        let zero = if geo.subclusters > 1 { bitmap as u32 == 0 } else { geo.version >= 3 && entry & ZERO != 0 };
+        let zero =
+            if geo.subclusters > 1 { bitmap as u32 == 0 } else { geo.version >= 3 && entry & ZERO != 0 };
         if active && !zero {
             self.report.allocated_clusters += 1;
             if self.next_contiguous != 0 && host != self.next_contiguous {
@@ -198,7 +216,10 @@ impl Checker<'_> {
     fn count_metadata(&mut self, meta: &mut Meta) -> Result<()> {
         let h = &meta.header;
         let cluster = 1u64 << self.bits;
-        let (l1, snapshots) = ((h.l1_offset, u64::from(h.l1_size) * 8), (h.snapshots_offset, encode_table(&meta.snapshots).len() as u64));
+        let (l1, snapshots) = (
+            (h.l1_offset, u64::from(h.l1_size) * 8),
+            (h.snapshots_offset, encode_table(&meta.snapshots).len() as u64),
+        );
         let (crypto, bitmaps) = (h.crypto, h.bitmaps);
         self.count(0, cluster, "header");
         self.count(l1.0, l1.1, "active L1 table");
@@ -242,7 +263,9 @@ impl Checker<'_> {
                 continue;
             }
             if self.unaligned(block) {
-                self.bad(format!("refcount block {i} is not cluster aligned; refcount table entry corrupted"));
+                self.bad(format!(
+                    "refcount block {i} is not cluster aligned; refcount table entry corrupted"
+                ));
                 self.rebuild = true;
             } else if block >> self.bits >= self.counts.len() {
                 self.bad(format!("refcount block {i} is outside image"));
@@ -275,7 +298,9 @@ impl Checker<'_> {
                         small != u8::MAX && u64::from(small) == get_count(bytes, order, index + i)
                     })
                     .count() as u64;
-                if let Some(last) = (cluster..cluster + same).rev().find(|&c| self.counts.small[c as usize] > 0) {
+                if let Some(last) =
+                    (cluster..cluster + same).rev().find(|&c| self.counts.small[c as usize] > 0)
+                {
                     end = last + 1;
                 }
                 cluster += same;
@@ -382,8 +407,7 @@ impl Qcow2 {
             fresh.report.messages.splice(0..0, std::mem::take(&mut checker.report.messages));
             fresh.report.corruptions_fixed += fixed;
             fresh.report.total_clusters = checker.report.total_clusters;
-            fresh.report.image_end_offset =
-                Some(self.refcounts(&mut meta)?.end() << self.geo.cluster_bits);
+            fresh.report.image_end_offset = Some(self.refcounts(&mut meta)?.end() << self.geo.cluster_bits);
             checker.report = fresh.report;
         } else {
             checker.compare(&mut meta, repair)?;
@@ -471,8 +495,13 @@ impl Qcow2 {
         meta.header.refcount_order = order;
         meta.header.write(&**self.main())?;
         self.main().flush()?;
-        let mut refcounts =
-            Refcounts::open(Arc::clone(self.main()), bits, order, meta.header.reftable_offset, table_clusters)?;
+        let mut refcounts = Refcounts::open(
+            Arc::clone(self.main()),
+            bits,
+            order,
+            meta.header.reftable_offset,
+            table_clusters,
+        )?;
         refcounts.set_end(end);
         meta.refcounts = Some(refcounts);
         Ok(())

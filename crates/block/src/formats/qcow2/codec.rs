@@ -21,8 +21,9 @@ pub(super) fn compress(zstd: bool, input: &[u8], limit: usize) -> Result<Option<
 
 fn compress_deflate(input: &[u8], limit: usize) -> Result<Option<Vec<u8>>> {
     DEFLATE.with_borrow_mut(|state| {
-        let deflate = state
-            .get_or_insert_with(|| Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS));
+        let deflate = state.get_or_insert_with(|| {
+            Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS)
+        });
         deflate.reset();
         let mut output = vec![0; limit];
         match deflate.compress(input, &mut output, FlushCompress::Finish) {
@@ -41,7 +42,9 @@ fn compress_zstd(input: &[u8], limit: usize) -> Result<Option<Vec<u8>>> {
     ZSTD.with_borrow_mut(|state| {
         let compressor = match state {
             Some(c) => c,
-            None => state.insert(zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL).map_err(failed)?),
+            None => {
+                state.insert(zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL).map_err(failed)?)
+            }
         };
         // One byte short of the limit: no room means no gain, which zstd reports as an error.
         let mut output = vec![0; limit.saturating_sub(1)];
@@ -66,7 +69,11 @@ fn decompress_deflate(input: &[u8], output: &mut [u8]) -> Result<()> {
         let inflate = state.get_or_insert_with(|| Decompress::new_with_window_bits(false, 15));
         inflate.reset(false);
         match inflate.decompress(input, output, FlushDecompress::Finish) {
-            Ok(Status::StreamEnd | Status::BufError | Status::Ok) if inflate.total_out() == output.len() as u64 => Ok(()),
+            Ok(Status::StreamEnd | Status::BufError | Status::Ok)
+                if inflate.total_out() == output.len() as u64 =>
+            {
+                Ok(())
+            }
             Ok(_) => Err(Error::Corrupt("compressed cluster ends early".into())),
             Err(e) => Err(Error::Corrupt(format!("compressed cluster is damaged: {e}"))),
         }

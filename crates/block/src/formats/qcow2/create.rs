@@ -20,14 +20,29 @@ const fn option(
 pub(super) const OPTIONS: &[OptionSpec] = &[
     option("cluster_size", OptionKind::Size, "qcow2 cluster size", Some("65536")),
     option("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])", None),
-    option("compression_type", OptionKind::Text, "Compression method used for image cluster compression", Some("zlib")),
+    option(
+        "compression_type",
+        OptionKind::Text,
+        "Compression method used for image cluster compression",
+        Some("zlib"),
+    ),
     option("data_file", OptionKind::Text, "File name of an external data file", None),
     option("data_file_raw", OptionKind::Bool, "The external data file must stay valid as a raw image", None),
     option("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes', 'luks'", None),
-    option("encryption", OptionKind::Bool, "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)", None),
+    option(
+        "encryption",
+        OptionKind::Bool,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+        None,
+    ),
     option("extended_l2", OptionKind::Bool, "Extended L2 tables", Some("off")),
     option("lazy_refcounts", OptionKind::Bool, "Postpone refcount updates", Some("off")),
-    option("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, metadata, falloc, full)", None),
+    option(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+        None,
+    ),
     option("refcount_bits", OptionKind::Number, "Width of a reference count entry in bits", Some("16")),
 ];
 
@@ -53,16 +68,22 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
     let extended = options.take_bool("extended_l2")?.unwrap_or(false);
     if extended {
         if version < 3 {
-            return Err(Error::usage("Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(Error::usage(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         if cluster_size < 16384 {
-            return Err(Error::usage("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"));
+            return Err(Error::usage(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
         }
         incompatible |= header::EXTENDED_L2;
     }
     if options.take_bool("lazy_refcounts")?.unwrap_or(false) {
         if version < 3 {
-            return Err(Error::usage("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(Error::usage(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         compatible |= header::LAZY_REFCOUNTS;
     }
@@ -71,16 +92,22 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
         return Err(Error::usage("Refcount width must be a power of two and may not exceed 64 bits"));
     }
     if version < 3 && refcount_bits != 16 {
-        return Err(Error::usage("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"));
+        return Err(Error::usage(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+        ));
     }
     let compression = match options.take("compression_type").as_deref() {
         None | Some("zlib") => 0,
         Some("zstd") => 1,
-        Some(other) => return Err(Error::usage(format!("Parameter 'compression_type' does not accept value '{other}'"))),
+        Some(other) => {
+            return Err(Error::usage(format!("Parameter 'compression_type' does not accept value '{other}'")));
+        }
     };
     if compression != 0 {
         if version < 3 {
-            return Err(Error::usage("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(Error::usage(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         incompatible |= header::COMPRESSION;
     }
@@ -88,7 +115,9 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
     let raw = options.take_bool("data_file_raw")?.unwrap_or(false);
     if data_file.is_some() {
         if version < 3 {
-            return Err(Error::usage("External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(Error::usage(
+                "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         incompatible |= header::DATA_FILE;
     }
@@ -103,7 +132,9 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
     }
     let encrypted = options.take_bool("encryption")?.unwrap_or(false);
     if let Some(kind) = options.take("encrypt.format").or(encrypted.then(|| "aes".to_owned())) {
-        return Err(Error::unsupported(format!("Creating qcow2 images encrypted with '{kind}' is not supported yet")));
+        return Err(Error::unsupported(format!(
+            "Creating qcow2 images encrypted with '{kind}' is not supported yet"
+        )));
     }
     let mut preallocation = match options.take("preallocation") {
         Some(mode) => Preallocation::parse(&mode)?,
@@ -114,7 +145,9 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
         preallocation = Preallocation::Metadata;
     }
     if has_backing && preallocation != Preallocation::Off && !extended {
-        return Err(Error::usage("Backing file and preallocation can only be used at the same time if extended_l2 is enabled"));
+        return Err(Error::usage(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+        ));
     }
     let header = Header {
         version,
@@ -143,7 +176,8 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
 }
 
 pub(super) fn create(creation: Creation<'_>) -> Result<()> {
-    let size = creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
+    let size =
+        creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
     let Choice { mut header, preallocation } = choose(size, creation.options, creation.backing.is_some())?;
     header.backing = creation.backing;
     let (cluster, bits) = (header.cluster_size(), header.cluster_bits);
@@ -174,7 +208,8 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     header.encode()?;
     let storage = creation.storage;
     if let Some(name) = &header.data_file {
-        let data = creation.siblings.create(name, size).context(|| "Could not create the external data file")?;
+        let data =
+            creation.siblings.create(name, size).context(|| "Could not create the external data file")?;
         data.set_size(size)?;
         if matches!(preallocation, Preallocation::Falloc | Preallocation::Full) {
             crate::formats::raw::allocate(&*data, 0, size, preallocation)?;
@@ -197,7 +232,11 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
         storage.write_at(&block, (blocks_at + i) << bits)?;
     }
     if !storage.grows_with_zeros() {
-        crate::storage::StorageExt::fill_zeroes(&*storage, l1_at << bits, (l1_size * 8).next_multiple_of(512))?;
+        crate::storage::StorageExt::fill_zeroes(
+            &*storage,
+            l1_at << bits,
+            (l1_size * 8).next_multiple_of(512),
+        )?;
     }
     header.write(&*storage)?;
     if preallocation != Preallocation::Off {

@@ -200,7 +200,9 @@ impl Header {
                 EXT_FEATURE_NAMES => names = data,
                 EXT_CRYPTO if self.crypt_method == 2 => {
                     if len != 16 {
-                        return Err(Error::invalid(format!("CRYPTO header extension size {len}, but expected size 16")));
+                        return Err(Error::invalid(format!(
+                            "CRYPTO header extension size {len}, but expected size 16"
+                        )));
                     }
                     self.crypto = Some((be64(&data, 0), be64(&data, 8)));
                 }
@@ -257,7 +259,9 @@ impl Header {
         }
         match (self.incompatible & COMPRESSION != 0, self.compression) {
             (false, 0) | (true, 1) => {}
-            (false, _) | (true, 0) => return bad("qcow2: Compression type incompatible feature bit must match the type"),
+            (false, _) | (true, 0) => {
+                return bad("qcow2: Compression type incompatible feature bit must match the type");
+            }
             (true, n) => return Err(Error::unsupported(format!("qcow2: unknown compression type: {n}"))),
         }
         if self.incompatible & EXTENDED_L2 != 0 && self.cluster_bits < 14 {
@@ -284,17 +288,23 @@ impl Header {
             return bad("L1 table is too small");
         }
         // 2^56 is where an entry's offset field ends.
-        if self.l1_size > 0 && (self.l1_offset & in_cluster != 0 || self.l1_offset >= 1 << 56 || self.l1_offset == 0) {
+        if self.l1_size > 0
+            && (self.l1_offset & in_cluster != 0 || self.l1_offset >= 1 << 56 || self.l1_offset == 0)
+        {
             return bad("Active L1 table offset invalid");
         }
         if self.reftable_clusters == 0 && !for_check {
             return bad("Image does not contain a reference count table");
         }
-        if u64::from(self.reftable_clusters) * self.cluster_size() > MAX_REFTABLE_BYTES.max(self.cluster_size()) {
+        if u64::from(self.reftable_clusters) * self.cluster_size()
+            > MAX_REFTABLE_BYTES.max(self.cluster_size())
+        {
             return bad("Image reference count table too large");
         }
         if self.reftable_clusters > 0
-            && (self.reftable_offset & in_cluster != 0 || self.reftable_offset >= 1 << 56 || self.reftable_offset == 0)
+            && (self.reftable_offset & in_cluster != 0
+                || self.reftable_offset >= 1 << 56
+                || self.reftable_offset == 0)
         {
             return bad("Invalid reference count table offset");
         }

@@ -63,7 +63,9 @@ impl Qcow2 {
     fn mapping(&self, l1: u64, entry: u64, cluster: u64, at: u64) -> Result<Mapping> {
         if entry & COMPRESSED != 0 {
             if self.geo.data_file {
-                return Err(Error::Corrupt("compressed cluster entry found in image with external data file".into()));
+                return Err(Error::Corrupt(
+                    "compressed cluster entry found in image with external data file".into(),
+                ));
             }
             let (host, stored) = self.geo.compressed(entry);
             return Ok(Mapping::Compressed {
@@ -78,7 +80,11 @@ impl Qcow2 {
         // In an external data file, offset 0 is as good as any; there the copied flag tells.
         let placed = entry & OFFSET != 0 || (self.geo.data_file && entry & COPIED != 0);
         if entry & ZERO != 0 && self.geo.version >= 3 {
-            let host = if placed { Some((self.data_index(), self.host_of(entry, cluster)? + at - cluster)) } else { None };
+            let host = if placed {
+                Some((self.data_index(), self.host_of(entry, cluster)? + at - cluster))
+            } else {
+                None
+            };
             return Ok(Mapping::Zero { host });
         }
         if !placed {
@@ -115,7 +121,11 @@ impl Qcow2 {
             let mapping = if zero & bit != 0 {
                 Mapping::Zero { host: placed.then_some((self.data_index(), host + at - cluster)) }
             } else if allocated & bit != 0 {
-                Mapping::Data { file: self.data_index(), host: host + at - cluster, in_place: both & COPIED != 0 }
+                Mapping::Data {
+                    file: self.data_index(),
+                    host: host + at - cluster,
+                    in_place: both & COPIED != 0,
+                }
             } else {
                 Mapping::Unallocated
             };

@@ -18,8 +18,8 @@ mod table;
 mod write;
 
 use super::{
-    Backing, Bitmaps, CheckReport, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, Snapshots,
-    WriteExtent, has_magic,
+    Backing, Bitmaps, CheckReport, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    Snapshots, WriteExtent, has_magic,
 };
 use crate::{
     Error, Options, Result,
@@ -140,13 +140,19 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     let options = opening.options;
     let named_data_file = options.take("data-file.filename").or_else(|| options.take("data-file"));
     options.take("data-file.driver");
-    for tuning in
-        ["l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-size", "cache-clean-interval", "overlap-check"]
-    {
+    for tuning in [
+        "l2-cache-size",
+        "l2-cache-entry-size",
+        "refcount-cache-size",
+        "cache-size",
+        "cache-clean-interval",
+        "overlap-check",
+    ] {
         // Sizes of caches tune memory against speed; the caches here are bounded already, and all overlap checks are on.
         options.take(tuning);
     }
-    for tuning in ["pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref"] {
+    for tuning in ["pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref"]
+    {
         options.take(tuning);
     }
     let lazy = options.take_bool("lazy-refcounts")?;
@@ -160,13 +166,18 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     let mut storages = vec![opening.storage];
     if geo.data_file && !opening.no_io {
         let name = named_data_file.or_else(|| header.data_file.clone()).ok_or_else(|| {
-            Error::invalid("'data-file' is required for this image: it stores no name for its external data file")
+            Error::invalid(
+                "'data-file' is required for this image: it stores no name for its external data file",
+            )
         })?;
         storages.push(opening.siblings.open(&name, opening.read_only)?);
     } else if let Some(name) = named_data_file.filter(|_| !geo.data_file) {
-        return Err(Error::usage(format!("'data-file' ({name}) can only be set for images with an external data file")));
+        return Err(Error::usage(format!(
+            "'data-file' ({name}) can only be set for images with an external data file"
+        )));
     }
-    let bytes = crate::storage::StorageExt::read_vec(&*storages[0], header.l1_offset, header.l1_size as usize * 8)?;
+    let bytes =
+        crate::storage::StorageExt::read_vec(&*storages[0], header.l1_offset, header.l1_size as usize * 8)?;
     let l1: Vec<u64> = words(&bytes).collect();
     let snapshots = snapshot::read_table(&*storages[0], &header)?;
     if let Some(lazy) = lazy
@@ -260,7 +271,9 @@ impl Qcow2 {
                 tracing::error!(error = %e, "the corrupt mark could not be written");
             }
         }
-        Error::Corrupt(format!("qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"))
+        Error::Corrupt(format!(
+            "qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
+        ))
     }
 }
 

@@ -150,7 +150,9 @@ impl Refcounts {
     }
 
     fn block(&mut self, index: u64) -> Result<Option<&mut Block>> {
-        let Some(&offset) = usize::try_from(index).ok().and_then(|i| self.table.get(i)) else { return Ok(None) };
+        let Some(&offset) = usize::try_from(index).ok().and_then(|i| self.table.get(i)) else {
+            return Ok(None);
+        };
         if offset == 0 {
             return Ok(None);
         }

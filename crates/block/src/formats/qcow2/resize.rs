@@ -40,7 +40,11 @@ impl Qcow2 {
             self.storages[1].set_size(size)?;
         }
         if size > old && mode != Preallocation::Off {
-            self.preallocate_range(old - old % self.geo.cluster_size, size - (old - old % self.geo.cluster_size), mode)?;
+            self.preallocate_range(
+                old - old % self.geo.cluster_size,
+                size - (old - old % self.geo.cluster_size),
+                mode,
+            )?;
         }
         Ok(())
     }
@@ -139,7 +143,9 @@ impl Qcow2 {
                     Preallocation::Full => crate::formats::raw::allocate(&**storage, start, len, mode)?,
                     Preallocation::Falloc => {
                         if storage.allocate(start, len)? == Zeroing::Unsupported {
-                            return Err(Error::unsupported("The file system cannot preallocate with falloc; use full"));
+                            return Err(Error::unsupported(
+                                "The file system cannot preallocate with falloc; use full",
+                            ));
                         }
                         if !piece.fresh && !self.geo.data_file {
                             storage.fill_zeroes(start, len)?;
@@ -191,7 +197,9 @@ impl Qcow2 {
             && meta.header.autoclear & super::header::RAW_DATA_FILE != 0
             && backing.is_some()
         {
-            return Err(Error::usage("Cannot set a backing file: the external data file is to be readable as raw"));
+            return Err(Error::usage(
+                "Cannot set a backing file: the external data file is to be readable as raw",
+            ));
         }
         let old = std::mem::replace(&mut meta.header.backing, backing.cloned());
         if let Err(e) = meta.header.encode() {

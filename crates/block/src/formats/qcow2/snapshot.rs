@@ -122,7 +122,9 @@ impl Qcow2 {
         let step = (self.geo.l2_entry_size / 8) as usize;
         for table in l1.iter().map(|e| e & OFFSET).filter(|&t| t != 0) {
             if table & (self.geo.cluster_size - 1) != 0 {
-                return Err(Error::Corrupt(format!("L2 table offset {table:#x} unaligned; run a check with repair")));
+                return Err(Error::Corrupt(format!(
+                    "L2 table offset {table:#x} unaligned; run a check with repair"
+                )));
             }
             for entry in self.read_l2(table)?.into_iter().step_by(step) {
                 if !add {
@@ -248,7 +250,8 @@ impl Snapshots for Qcow2 {
                 return Err(Error::usage("The snapshot's name is too long"));
             }
             if info.id.is_empty() {
-                let highest = meta.snapshots.iter().filter_map(|s| s.info.id.parse::<u64>().ok()).max().unwrap_or(0);
+                let highest =
+                    meta.snapshots.iter().filter_map(|s| s.info.id.parse::<u64>().ok()).max().unwrap_or(0);
                 info.id = (highest + 1).to_string();
             } else if meta.snapshots.iter().any(|s| s.info.id == info.id) {
                 return Err(Error::usage(format!("There is a snapshot with id '{}' already", info.id)));

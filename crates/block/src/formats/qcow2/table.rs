@@ -171,7 +171,10 @@ impl TableCache {
         for at in (offset..offset + len).step_by(self.slice_bytes as usize) {
             slices.remove(&at);
         }
-        self.dirty.lock().unwrap_or_else(|e| e.into_inner()).retain(|s| s.offset < offset || s.offset >= offset + len);
+        self.dirty
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .retain(|s| s.offset < offset || s.offset >= offset + len);
     }
 
     /// Forgets everything; nothing may be dirty.
@@ -197,7 +200,9 @@ impl Qcow2 {
         let byte = entry * self.geo.l2_entry_size;
         let slice_bytes = self.tables.slice_bytes();
         if table & (self.geo.cluster_size - 1) != 0 {
-            return Err(Error::Corrupt(format!("L2 table offset {table:#x} unaligned; run a check with repair")));
+            return Err(Error::Corrupt(format!(
+                "L2 table offset {table:#x} unaligned; run a check with repair"
+            )));
         }
         let slice = self.tables.get(&*self.storages[0], table + byte / slice_bytes * slice_bytes)?;
         Ok((slice, (byte % slice_bytes / 8) as usize))

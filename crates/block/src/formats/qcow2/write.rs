@@ -51,13 +51,19 @@ impl Qcow2 {
             what = Some("refcount block");
         } else if hits(h.reftable_offset, u64::from(h.reftable_clusters) << bits) {
             what = Some("refcount table");
-        } else if self.l1.read().unwrap_or_else(|e| e.into_inner()).iter().any(|e| e & OFFSET != 0 && hits(e & OFFSET, cluster))
+        } else if self
+            .l1
+            .read()
+            .unwrap_or_else(|e| e.into_inner())
+            .iter()
+            .any(|e| e & OFFSET != 0 && hits(e & OFFSET, cluster))
         {
             what = Some("active L2 table");
         }
         match what {
             Some(what) => {
-                Err(self.mark_corrupt(meta, &format!("Preventing invalid allocation that overlaps with {what}")))
+                Err(self
+                    .mark_corrupt(meta, &format!("Preventing invalid allocation that overlaps with {what}")))
             }
             None => Ok(()),
         }
@@ -72,7 +78,9 @@ impl Qcow2 {
             return Ok(old);
         }
         if old & (self.geo.cluster_size - 1) != 0 {
-            return Err(Error::Corrupt(format!("L2 table offset {old:#x} unaligned; run a check with repair")));
+            return Err(Error::Corrupt(format!(
+                "L2 table offset {old:#x} unaligned; run a check with repair"
+            )));
         }
         let (cluster, _, _) = self.allocate(meta, 1)?;
         let new = cluster << self.geo.cluster_bits;
@@ -339,7 +347,9 @@ impl Qcow2 {
         let geo = self.geo;
         if geo.version < 3 {
             // Version 2 has no zero entries; an absent cluster reads as zeros only without a backing file.
-            if self.has_backing() || (offset | len) & (geo.cluster_size - 1) != 0 && offset + len != self.disk_size() {
+            if self.has_backing()
+                || (offset | len) & (geo.cluster_size - 1) != 0 && offset + len != self.disk_size()
+            {
                 return Ok(Zeroing::Unsupported);
             }
             self.discard_range(offset, len)?;
@@ -356,7 +366,9 @@ impl Qcow2 {
             let (entry, bitmap) = self.entry(at)?;
             let touched = if whole { 0xffff_ffff } else { self.touched(at - cluster, stop - cluster) };
             let already = if geo.subclusters > 1 {
-                entry & COMPRESSED == 0 && (bitmap >> 32) & touched == touched && (!unmap || entry & OFFSET == 0)
+                entry & COMPRESSED == 0
+                    && (bitmap >> 32) & touched == touched
+                    && (!unmap || entry & OFFSET == 0)
             } else {
                 entry & COMPRESSED == 0 && entry & ZERO != 0 && (!unmap || entry & OFFSET == 0)
             };
@@ -371,7 +383,8 @@ impl Qcow2 {
             }
             // A shared cluster stays as it is: only the table, which is made our own, changes.
             let slot = self.writable_entry(&mut meta, at)?;
-            let drop_cluster = whole && (entry & COMPRESSED != 0 || (unmap && entry & OFFSET != 0 && !geo.data_file));
+            let drop_cluster =
+                whole && (entry & COMPRESSED != 0 || (unmap && entry & OFFSET != 0 && !geo.data_file));
             let kept = if drop_cluster { 0 } else { slot.0.get(slot.1) };
             if geo.subclusters > 1 {
                 let bits = if drop_cluster { 0 } else { bitmap };
@@ -408,9 +421,12 @@ impl Qcow2 {
         while at < end {
             let (entry, bitmap) = self.entry(at)?;
             let stop = at + geo.cluster_size;
-            let plain_zero = if geo.subclusters > 1 { bitmap == 0xffff_ffff << 32 } else { entry & ZERO != 0 };
-            let placed = entry & OFFSET != 0 || entry & COMPRESSED != 0 || (geo.data_file && entry & COPIED != 0);
-            let nothing = (plain_zero && !placed) || (!placed && bitmap == 0 && entry & ZERO == 0 && !self.has_backing());
+            let plain_zero =
+                if geo.subclusters > 1 { bitmap == 0xffff_ffff << 32 } else { entry & ZERO != 0 };
+            let placed =
+                entry & OFFSET != 0 || entry & COMPRESSED != 0 || (geo.data_file && entry & COPIED != 0);
+            let nothing = (plain_zero && !placed)
+                || (!placed && bitmap == 0 && entry & ZERO == 0 && !self.has_backing());
             // In version 2 an absent cluster would show the backing file again: leave it alone.
             if nothing || (geo.version < 3 && self.has_backing()) {
                 at = stop;
@@ -426,7 +442,9 @@ impl Qcow2 {
             self.release_entry(&mut meta, entry)?;
             if geo.data_file && placed {
                 let n = geo.cluster_size.min(size - at);
-                if self.storages[1].write_zeroes(at, n, crate::storage::ZeroFlags { unmap: true })? == Zeroing::Unsupported {
+                if self.storages[1].write_zeroes(at, n, crate::storage::ZeroFlags { unmap: true })?
+                    == Zeroing::Unsupported
+                {
                     self.storages[1].discard(at, n)?;
                 }
             }
@@ -438,9 +456,14 @@ impl Qcow2 {
     pub(super) fn put_compressed(&self, offset: u64, data: &[u8]) -> Result<()> {
         let geo = self.geo;
         if geo.data_file {
-            return Err(Error::unsupported("An image with an external data file cannot store compressed clusters"));
+            return Err(Error::unsupported(
+                "An image with an external data file cannot store compressed clusters",
+            ));
         }
-        if !offset.is_multiple_of(geo.cluster_size) || data.is_empty() || data.len() as u64 >= geo.cluster_size {
+        if !offset.is_multiple_of(geo.cluster_size)
+            || data.is_empty()
+            || data.len() as u64 >= geo.cluster_size
+        {
             return Err(Error::usage("a compressed write must be one cluster, and smaller than it"));
         }
         let len = data.len() as u64;
@@ -488,7 +511,9 @@ impl Qcow2 {
         let host = first << bits;
         // The offset field of a compressed entry is narrower than that of a plain one.
         if host >> (62 - (bits - 8)) != 0 {
-            return Err(Error::unsupported("The image file is too large for compressed clusters of this size"));
+            return Err(Error::unsupported(
+                "The image file is too large for compressed clusters of this size",
+            ));
         }
         meta.compressed_tail = host + len;
         Ok(host)

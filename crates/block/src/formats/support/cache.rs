@@ -89,7 +89,9 @@ impl MetaCache {
             let (index, within) = (at / PAGE as u64, (at % PAGE as u64) as usize);
             let n = (PAGE - within).min(buf.len() - done);
             let target = &mut buf[done..done + n];
-            self.with_page(&mut state, index, |page| target.copy_from_slice(&page.bytes[within..within + n]))?;
+            self.with_page(&mut state, index, |page| {
+                target.copy_from_slice(&page.bytes[within..within + n])
+            })?;
             done += n;
         }
         Ok(())
@@ -146,7 +148,8 @@ impl MetaCache {
             return Batch::new();
         }
         state.dirty = 0;
-        let mut indices: Vec<u64> = state.pages.iter().filter(|(_, p)| p.dirty != 0).map(|(&i, _)| i).collect();
+        let mut indices: Vec<u64> =
+            state.pages.iter().filter(|(_, p)| p.dirty != 0).map(|(&i, _)| i).collect();
         indices.sort_unstable();
         let mut batch = Batch::new();
         for index in indices {
@@ -155,7 +158,9 @@ impl MetaCache {
                 let offset = index * PAGE as u64 + (sector * SECTOR) as u64;
                 let bytes = &page.bytes[sector * SECTOR..(sector + 1) * SECTOR];
                 match batch.last_mut() {
-                    Some((start, joined)) if *start + joined.len() as u64 == offset => joined.extend_from_slice(bytes),
+                    Some((start, joined)) if *start + joined.len() as u64 == offset => {
+                        joined.extend_from_slice(bytes)
+                    }
                     _ => batch.push((offset, bytes.to_vec())),
                 }
             }

@@ -71,3 +71,22 @@ pub(super) fn random_uuid() -> Result<[u8; 16]> {
 pub(super) fn no_resize() -> Error {
     Error::unsupported("Image format driver does not support resize")
 }
+
+/// What `qemu-img` reads from an image of these bytes, for tests; `None` where it is not installed or lacks the format.
+#[cfg(test)]
+pub(super) fn read_by_qemu(format: &str, bytes: &[u8]) -> Option<Vec<u8>> {
+    let dir = tempfile::tempdir().ok()?;
+    let (image, plain) = (dir.path().join("image"), dir.path().join("plain"));
+    std::fs::write(&image, bytes).ok()?;
+    let output = std::process::Command::new("qemu-img")
+        .args(["convert", "-f", format, "-O", "raw"])
+        .args([&image, &plain])
+        .output()
+        .ok()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if said.contains("Unknown driver") {
+        return None;
+    }
+    assert!(output.status.success(), "{said}");
+    std::fs::read(plain).ok()
+}

@@ -15,14 +15,18 @@ impl Places {
     /// `count` places, all free.
     pub(crate) fn new(count: u64) -> Result<Self> {
         if count > MOST {
-            return Err(Error::unsupported(format!("The file has {count} clusters; checks are limited to {MOST}")));
+            return Err(Error::unsupported(format!(
+                "The file has {count} clusters; checks are limited to {MOST}"
+            )));
         }
         Ok(Places { bits: vec![0; count.div_ceil(64) as usize], claimed: 0 })
     }
 
     /// Claims a place; `false` if it was claimed before. What lies behind the last place is nobody's.
     pub(crate) fn claim(&mut self, place: u64) -> bool {
-        let Some(word) = usize::try_from(place / 64).ok().and_then(|i| self.bits.get_mut(i)) else { return true };
+        let Some(word) = usize::try_from(place / 64).ok().and_then(|i| self.bits.get_mut(i)) else {
+            return true;
+        };
         let bit = 1 << (place % 64);
         let free = *word & bit == 0;
         *word |= bit;

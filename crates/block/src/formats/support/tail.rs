@@ -1,16 +1,13 @@
 //! New space at the end of a file.
 
 use crate::{Error, Result, storage::Storage};
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Hands out space from the end of the used part of a file upwards. Space is never handed out twice while the image is open,
 /// so what is given back after a failed write is lost until the next check; it is never shared by accident.
 pub(crate) struct Tail {
     storage: Arc<dyn Storage>,
-    next: AtomicU64,
+    next: Mutex<u64>,
     limit: u64,
     fresh_from: u64,
 }
@@ -19,38 +16,42 @@ impl Tail {
     /// Allocates from `next` up to `limit` (what the format's tables can address).
     pub(crate) fn new(storage: Arc<dyn Storage>, next: u64, limit: u64) -> Result<Self> {
         let fresh_from = if storage.grows_with_zeros() { storage.size()? } else { u64::MAX };
-        Ok(Tail { storage, next: AtomicU64::new(next), limit, fresh_from })
+        Ok(Tail { storage, next: Mutex::new(next), limit, fresh_from })
+    }
+
+    fn next(&self) -> MutexGuard<'_, u64> {
+        self.next.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// `len` bytes at the end.
     pub(crate) fn take(&self, len: u64) -> Result<u64> {
-        self.next
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |at| at.checked_add(len).filter(|&end| end <= self.limit))
-            .map_err(|_| self.full())
+        self.take_aligned(len, 1)
     }
 
     /// `len` bytes at the next multiple of `align`.
     pub(crate) fn take_aligned(&self, len: u64, align: u64) -> Result<u64> {
-        let mut start = 0;
-        self.next
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |at| {
-                start = at.checked_next_multiple_of(align)?;
-                start.checked_add(len).filter(|&end| end <= self.limit)
-            })
-            .map(|_| start)
-            .map_err(|_| self.full())
-    }
-
-    fn full(&self) -> Error {
-        Error::io(
-            format!("'{}' cannot grow: its format addresses no more than {} bytes", self.storage.name(), self.limit),
-            std::io::Error::from_raw_os_error(libc::EFBIG),
-        )
+        let mut next = self.next();
+        let start = next.checked_next_multiple_of(align);
+        let end = start.and_then(|s| s.checked_add(len)).filter(|&end| end <= self.limit);
+        match (start, end) {
+            (Some(start), Some(end)) => {
+                *next = end;
+                Ok(start)
+            }
+            _ => Err(Error::io(
+                format!(
+                    "'{}' cannot grow: its format addresses no more than {} bytes",
+                    self.storage.name(),
+                    self.limit
+                ),
+                std::io::Error::from_raw_os_error(libc::EFBIG),
+            )),
+        }
     }
 
     /// Where the used part ends.
     pub(crate) fn end(&self) -> u64 {
-        self.next.load(Ordering::Acquire)
+        *self.next()
     }
 
     /// Whether space at `at` is known to read as zeros until it is written.
@@ -60,8 +61,13 @@ impl Tail {
 
     /// Makes the file reach to the end of what was handed out: the last unit may have been written only in part.
     pub(crate) fn pad(&self) -> Result<()> {
-        let end = self.end();
-        if self.storage.grows_with_zeros() && self.storage.size()? < end { self.storage.set_size(end) } else { Ok(()) }
+        // Nobody gets space meanwhile: what is written there would be behind the new end and cut off.
+        let end = self.next();
+        if self.storage.grows_with_zeros() && self.storage.size()? < *end {
+            self.storage.set_size(*end)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -75,11 +81,12 @@ mod tests {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(vec![1; 100]));
         let tail = Tail::new(Arc::clone(&storage), 64, 256).unwrap();
         assert_eq!(tail.take(64).unwrap(), 64);
-        assert_eq!(tail.take(64).unwrap(), 128);
+        assert_eq!(tail.take(60).unwrap(), 128);
         assert!(!tail.is_fresh(64) && tail.is_fresh(128));
-        assert!(tail.take(65).is_err());
-        assert_eq!(tail.take(64).unwrap(), 192);
+        assert!(tail.take(69).is_err());
+        assert_eq!(tail.take_aligned(60, 64).unwrap(), 192);
         tail.pad().unwrap();
-        assert_eq!(storage.size().unwrap(), 256);
+        assert_eq!(storage.size().unwrap(), 252);
+        assert!(tail.take_aligned(1, 1 << 63).is_err());
     }
 }

@@ -122,7 +122,8 @@ impl TwoLevel {
         if !self.tail.is_fresh(leaf) {
             // A table may be large; in pieces its zeros do not fill the cache.
             for at in (0..len).step_by(1 << 16) {
-                self.storage.write_at(&crate::storage::ZEROS[..(len - at).min(1 << 16) as usize], leaf + at)?;
+                self.storage
+                    .write_at(&crate::storage::ZEROS[..(len - at).min(1 << 16) as usize], leaf + at)?;
             }
         }
         self.root.write(self.shape.root.0 + index * 8, &self.encode(leaf))?;

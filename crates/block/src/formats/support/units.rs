@@ -50,7 +50,8 @@ pub(crate) fn map_units(
             Slot::Zero => Mapping::Zero { host: None },
             Slot::Data(host) => Mapping::Data { file, host: host + (at - start), in_place: true },
             Slot::Packed { host, stored } => {
-                let unit = u32::try_from(unit).map_err(|_| Error::invalid("compressed units are too large"))?;
+                let unit =
+                    u32::try_from(unit).map_err(|_| Error::invalid("compressed units are too large"))?;
                 Mapping::Compressed { file, host, stored, unit_start: start, unit, method: 0 }
             }
         };
@@ -98,7 +99,17 @@ pub(crate) fn prepare_units(
                     Err(_) if !out.is_empty() => return Ok(()),
                     Err(e) => return Err(e),
                 };
-                WriteExtent { offset: at, len: stop - at, file, host: host + head, new: true, head, tail, fresh, cookie: 0 }
+                WriteExtent {
+                    offset: at,
+                    len: stop - at,
+                    file,
+                    host: host + head,
+                    new: true,
+                    head,
+                    tail,
+                    fresh,
+                    cookie: 0,
+                }
             }
         };
         push_write(out, piece);
@@ -108,7 +119,11 @@ pub(crate) fn prepare_units(
 }
 
 /// [`crate::formats::Format::commit_write`] by units: `assign` maps a unit to its new place.
-pub(crate) fn commit_units(unit: u64, extents: &[WriteExtent], mut assign: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+pub(crate) fn commit_units(
+    unit: u64,
+    extents: &[WriteExtent],
+    mut assign: impl FnMut(u64, u64) -> Result<()>,
+) -> Result<()> {
     for e in extents.iter().filter(|e| e.new) {
         let (start, host) = (e.offset - e.head, e.host - e.head);
         let units = (e.head + e.len + e.tail).div_ceil(unit);

@@ -28,12 +28,16 @@ const fn guid(a: u32, b: u16, c: u16, d: [u8; 8]) -> Guid {
 }
 
 const REGION_BAT: Guid = guid(0x2dc2_7766, 0xf623, 0x4200, [0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08]);
-const REGION_METADATA: Guid = guid(0x8b7c_a206, 0x4790, 0x4b9a, [0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e]);
-const ITEM_PARAMETERS: Guid = guid(0xcaa1_6737, 0xfa36, 0x4d43, [0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b]);
+const REGION_METADATA: Guid =
+    guid(0x8b7c_a206, 0x4790, 0x4b9a, [0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e]);
+const ITEM_PARAMETERS: Guid =
+    guid(0xcaa1_6737, 0xfa36, 0x4d43, [0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b]);
 const ITEM_SIZE: Guid = guid(0x2fa5_4224, 0xcd1b, 0x4876, [0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8]);
 const ITEM_PAGE83: Guid = guid(0xbeca_12ab, 0xb2e6, 0x4523, [0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46]);
-const ITEM_LOGICAL: Guid = guid(0x8141_bf1d, 0xa96f, 0x4709, [0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f]);
-const ITEM_PHYSICAL: Guid = guid(0xcda3_48c7, 0x445d, 0x4471, [0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56]);
+const ITEM_LOGICAL: Guid =
+    guid(0x8141_bf1d, 0xa96f, 0x4709, [0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f]);
+const ITEM_PHYSICAL: Guid =
+    guid(0xcda3_48c7, 0x445d, 0x4471, [0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56]);
 const ITEM_PARENT: Guid = guid(0xa8d3_5f2d, 0xb30b, 0x454d, [0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c]);
 
 /// The Castagnoli CRC of `bytes`, continuing from `crc`.
@@ -209,7 +213,9 @@ impl Regions {
             } else if e[..16] == REGION_METADATA {
                 &mut metadata
             } else if le32(e, 28) & 1 != 0 {
-                return Err(Error::unsupported("The VHDX image requires a region this program does not know"));
+                return Err(Error::unsupported(
+                    "The VHDX image requires a region this program does not know",
+                ));
             } else {
                 continue;
             };
@@ -249,11 +255,15 @@ impl Metadata {
             let mut item = [0; 8];
             let known = [ITEM_PARAMETERS, ITEM_SIZE, ITEM_PAGE83, ITEM_LOGICAL, ITEM_PHYSICAL];
             if e[..16] == ITEM_PARENT {
-                return Err(Error::unsupported("VHDX images with a parent (differencing disks) are not supported"));
+                return Err(Error::unsupported(
+                    "VHDX images with a parent (differencing disks) are not supported",
+                ));
             }
             if !known.iter().any(|k| e[..16] == *k) {
                 if flags & 4 != 0 {
-                    return Err(Error::unsupported("The VHDX image requires metadata this program does not know"));
+                    return Err(Error::unsupported(
+                        "The VHDX image requires metadata this program does not know",
+                    ));
                 }
                 continue;
             }
@@ -273,7 +283,9 @@ impl Metadata {
             return Err(bad("a required item is missing"));
         };
         if flags & 2 != 0 {
-            return Err(Error::unsupported("VHDX images with a parent (differencing disks) are not supported"));
+            return Err(Error::unsupported(
+                "VHDX images with a parent (differencing disks) are not supported",
+            ));
         }
         if !block.is_power_of_two() || !(1 << 20..=256 << 20).contains(&block) {
             return Err(bad(&format!("block size {block}")));
@@ -330,7 +342,9 @@ pub(super) fn write_new(storage: &dyn Storage, metadata: Metadata, log_length: u
     let mut table = vec![0; TABLE];
     put(&mut table, 0, b"regi");
     put(&mut table, 8, &2u32.to_le_bytes());
-    for (i, (id, region)) in [(REGION_BAT, regions.bat), (REGION_METADATA, regions.metadata)].into_iter().enumerate() {
+    for (i, (id, region)) in
+        [(REGION_BAT, regions.bat), (REGION_METADATA, regions.metadata)].into_iter().enumerate()
+    {
         let at = 16 + 32 * i;
         put(&mut table, at, &id);
         put(&mut table, at + 16, &region.offset.to_le_bytes());

@@ -122,7 +122,9 @@ fn parse(b: &[u8], guid: &Guid, log_length: u32) -> Option<Entry> {
 /// Writes what a log holds to where it belongs. Nothing is changed if the log holds no valid entry.
 pub(super) fn replay(storage: &dyn Storage, offset: u64, length: u32, guid: &Guid) -> Result<()> {
     if length > MAX_LOG {
-        return Err(Error::unsupported(format!("The log of the VHDX image has {length} bytes; {MAX_LOG} are supported")));
+        return Err(Error::unsupported(format!(
+            "The log of the VHDX image has {length} bytes; {MAX_LOG} are supported"
+        )));
     }
     let mut entries: HashMap<u32, Entry> = HashMap::new();
     // Overlapping entries of a hostile file must not make this quadratic.
@@ -188,13 +190,16 @@ fn apply(storage: &dyn Storage, offset: u64, length: u32, at: u32, entry: Entry)
         match &d[..4] {
             b"zero" => {
                 let len = le64(d, 8);
-                if !len.is_multiple_of(PAGE as u64) || target.checked_add(len).is_none_or(|end| end > entry.last_size) {
+                if !len.is_multiple_of(PAGE as u64)
+                    || target.checked_add(len).is_none_or(|end| end > entry.last_size)
+                {
                     return Err(bad("it zeroes space outside of the file"));
                 }
                 storage.fill_zeroes(target, len)?;
             }
             b"desc" => {
-                let block = bytes.get(data..data + PAGE).ok_or_else(|| bad("an entry is too short for its data"))?;
+                let block =
+                    bytes.get(data..data + PAGE).ok_or_else(|| bad("an entry is too short for its data"))?;
                 data += PAGE;
                 if &block[..4] != b"data"
                     || u64::from(le32(block, 4)) << 32 | u64::from(le32(block, PAGE - 4)) != entry.sequence
@@ -235,8 +240,11 @@ mod tests {
         let mut log = Log::new(1 << 20, LOG, guid);
         for i in 0..50u64 {
             let pages: Vec<Vec<u8>> = (0..7).map(|p| page(i * 10 + p)).collect();
-            let refs: Vec<(u64, &[u8])> =
-                pages.iter().enumerate().map(|(p, bytes)| ((2 << 20) + p as u64 * PAGE as u64, &bytes[..])).collect();
+            let refs: Vec<(u64, &[u8])> = pages
+                .iter()
+                .enumerate()
+                .map(|(p, bytes)| ((2 << 20) + p as u64 * PAGE as u64, &bytes[..]))
+                .collect();
             log.append(&memory, &refs).unwrap();
         }
         let clean = MemoryStorage::new(memory.snapshot());

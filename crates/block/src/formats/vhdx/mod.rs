@@ -7,7 +7,8 @@ mod header;
 mod log;
 
 use super::{
-    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
+    CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent,
     support::{self, Batch, MetaCache, Places, Slot, Tail, le64},
 };
 use crate::{
@@ -30,7 +31,12 @@ pub static DRIVER: Driver = Driver {
     create: Some(create),
     measure: None,
     options: &[
-        OptionSpec { name: "log_size", kind: OptionKind::Size, help: "Log size; min 1MB.", default: Some("1048576") },
+        OptionSpec {
+            name: "log_size",
+            kind: OptionKind::Size,
+            help: "Log size; min 1MB.",
+            default: Some("1048576"),
+        },
         OptionSpec {
             name: "block_size",
             kind: OptionKind::Size,
@@ -256,7 +262,9 @@ impl Vhdx {
         let storage = &*self.storages[0];
         let pages: Vec<(u64, &[u8])> = batch
             .iter()
-            .flat_map(|(offset, bytes)| bytes.chunks_exact(PAGE).enumerate().map(move |(i, p)| (offset + (i * PAGE) as u64, p)))
+            .flat_map(|(offset, bytes)| {
+                bytes.chunks_exact(PAGE).enumerate().map(move |(i, p)| (offset + (i * PAGE) as u64, p))
+            })
             .collect();
         if current.log.is_none() {
             let guid = support::random_uuid()?;
@@ -295,7 +303,9 @@ impl Format for Vhdx {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        support::map_units((0, self.metadata.block), (offset, len), out, |first, slots| self.lookup(first, slots))
+        support::map_units((0, self.metadata.block), (offset, len), out, |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
@@ -425,7 +435,8 @@ impl Format for Vhdx {
         if report.leaks > 0 {
             report.say(format!("Leaked space: {} blocks", report.leaks));
         }
-        report.image_end_offset = Some(end.max(self.reserved.iter().map(|r| r.offset + r.length).max().unwrap_or(0)));
+        report.image_end_offset =
+            Some(end.max(self.reserved.iter().map(|r| r.offset + r.length).max().unwrap_or(0)));
         Ok(report)
     }
 

@@ -51,7 +51,8 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     if quoted(&hardware_version) || quoted(&tools_version) {
         return Err(Error::usage("VMDK options cannot contain quotes or line ends"));
     }
-    let size = creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
+    let size =
+        creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
     let parent = match &creation.backing {
         None => None,
         Some(backing) => {
@@ -59,10 +60,13 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
                 return Err(Error::usage("Invalid backing file format: a VMDK image's must be vmdk"));
             }
             if quoted(&backing.name) {
-                return Err(Error::usage("The name of a VMDK backing file cannot contain quotes or line ends"));
+                return Err(Error::usage(
+                    "The name of a VMDK backing file cannot contain quotes or line ends",
+                ));
             }
             let full = storage::join_name(creation.name, &backing.name);
-            let cid = read_cid(&full).context(|| format!("Could not read the CID of backing file '{full}'"))?;
+            let cid =
+                read_cid(&full).context(|| format!("Could not read the CID of backing file '{full}'"))?;
             Some((cid, backing.name.as_str()))
         }
     };
@@ -164,7 +168,9 @@ impl Layout {
         let directory = redundant + directory_sectors + table_sectors * tables;
         let overhead = (directory + directory_sectors + table_sectors * tables).next_multiple_of(GRAIN);
         if u32::try_from(overhead).is_err() {
-            return Err(Error::unsupported("The disk is too large for one VMDK extent; use a twoGbMaxExtent subformat"));
+            return Err(Error::unsupported(
+                "The disk is too large for one VMDK extent; use a twoGbMaxExtent subformat",
+            ));
         }
         let mut flags = flag::NEWLINES | flag::REDUNDANT;
         if self.compressed {
@@ -195,7 +201,9 @@ impl Layout {
             for first in (0..tables).step_by(1 << 14) {
                 piece.clear();
                 for i in first..tables.min(first + (1 << 14)) {
-                    piece.extend_from_slice(&((start + directory_sectors + i * table_sectors) as u32).to_le_bytes());
+                    piece.extend_from_slice(
+                        &((start + directory_sectors + i * table_sectors) as u32).to_le_bytes(),
+                    );
                 }
                 storage.write_at(&piece, start * 512 + first * 4)?;
             }

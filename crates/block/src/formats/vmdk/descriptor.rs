@@ -66,7 +66,8 @@ impl Descriptor {
             extents: Vec::new(),
         };
         let number = |key: &str, value: &str| {
-            u32::from_str_radix(value, 16).map_err(|_| Error::invalid(format!("Invalid VMDK descriptor: {key}={value}")))
+            u32::from_str_radix(value, 16)
+                .map_err(|_| Error::invalid(format!("Invalid VMDK descriptor: {key}={value}")))
         };
         for line in text.lines().map(str::trim) {
             if line.is_empty() || line.starts_with('#') {
@@ -103,7 +104,9 @@ fn extent_line(line: &str) -> Result<Option<ExtentLine>> {
     let writable = match access {
         "RW" => true,
         "RDONLY" => false,
-        "NOACCESS" => return Err(Error::unsupported(format!("VMDK extents without access are not supported: {line}"))),
+        "NOACCESS" => {
+            return Err(Error::unsupported(format!("VMDK extents without access are not supported: {line}")));
+        }
         _ => return Ok(None),
     };
     let sectors: u64 = words.next().and_then(|w| w.parse().ok()).filter(|&s| s > 0).ok_or_else(bad)?;
@@ -115,9 +118,13 @@ fn extent_line(line: &str) -> Result<Option<ExtentLine>> {
     };
     let kind = match word.as_str() {
         "ZERO" => Kind::Zero,
-        "FLAT" | "VMFS" => Kind::Flat { sector: if after.is_empty() { 0 } else { after.trim().parse().map_err(|_| bad())? } },
+        "FLAT" | "VMFS" => {
+            Kind::Flat { sector: if after.is_empty() { 0 } else { after.trim().parse().map_err(|_| bad())? } }
+        }
         "SPARSE" | "VMFSSPARSE" => Kind::Sparse,
-        _ => return Err(Error::unsupported(format!("Unsupported extent type '{word}' in a VMDK descriptor"))),
+        _ => {
+            return Err(Error::unsupported(format!("Unsupported extent type '{word}' in a VMDK descriptor")));
+        }
     };
     if kind != Kind::Zero && file.is_empty() {
         return Err(bad());
@@ -208,7 +215,16 @@ mod tests {
 
     #[test]
     fn broken_lines_are_refused() {
-        for line in ["RW x FLAT \"a\" 0", "RW 0 ZERO", "RW 5 FLAT", "RW 5 FLAT \"a\" z", "NOACCESS 5 FLAT \"a\" 0", "RW 5 ODD \"a\"", "RW 5", "CID=zz"] {
+        for line in [
+            "RW x FLAT \"a\" 0",
+            "RW 0 ZERO",
+            "RW 5 FLAT",
+            "RW 5 FLAT \"a\" z",
+            "NOACCESS 5 FLAT \"a\" 0",
+            "RW 5 ODD \"a\"",
+            "RW 5",
+            "CID=zz",
+        ] {
             assert!(Descriptor::parse(line).is_err(), "{line}");
         }
     }

@@ -8,8 +8,8 @@ mod descriptor;
 mod sparse;
 
 use super::{
-    Backing, CheckReport, Driver, Extent, Format, Info, Mapping, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
-    push_extent, push_write,
+    Backing, CheckReport, Driver, Extent, Format, Info, Mapping, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent, push_extent, push_write,
     support::{self, Places, Slot, le32, le64},
 };
 use crate::{
@@ -54,7 +54,11 @@ pub static DRIVER: Driver = Driver {
             "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | \
              twoGbMaxExtentFlat | streamOptimized} ",
         ),
-        option("zeroed_grain", OptionKind::Bool, "Enable efficient zero writes using the zeroed-grain GTE feature"),
+        option(
+            "zeroed_grain",
+            OptionKind::Bool,
+            "Enable efficient zero writes using the zeroed-grain GTE feature",
+        ),
     ],
     backing: true,
 };
@@ -104,7 +108,11 @@ struct Vmdk {
 
 fn probe(input: &ProbeInput<'_>) -> u32 {
     let head = input.head;
-    if head.starts_with(MAGIC) || head.starts_with(COW_MAGIC) || descriptor::looks_like_descriptor(head) { 100 } else { 0 }
+    if head.starts_with(MAGIC) || head.starts_with(COW_MAGIC) || descriptor::looks_like_descriptor(head) {
+        100
+    } else {
+        0
+    }
 }
 
 /// The descriptor of an image: its place, room and text, and what it says. A bare sparse extent has none.
@@ -146,20 +154,38 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         let sparse = Sparse::open(Arc::clone(&main))?;
         let name = main.name();
         let word = parsed.extents.first().map_or("SPARSE".to_owned(), |e| e.word.clone());
-        pieces.push(Piece { start: 0, len: sparse.size(), writable: true, file: 0, shown: (name, word), body: Body::Sparse(Box::new(sparse)) });
+        pieces.push(Piece {
+            start: 0,
+            len: sparse.size(),
+            writable: true,
+            file: 0,
+            shown: (name, word),
+            body: Body::Sparse(Box::new(sparse)),
+        });
     } else {
         if !matches!(
             parsed.create_type.as_str(),
-            "monolithicFlat" | "vmfs" | "vmfsSparse" | "twoGbMaxExtentSparse" | "twoGbMaxExtentFlat" | "custom"
+            "monolithicFlat"
+                | "vmfs"
+                | "vmfsSparse"
+                | "twoGbMaxExtentSparse"
+                | "twoGbMaxExtentFlat"
+                | "custom"
         ) {
             return Err(Error::unsupported(format!("Unsupported image type '{}'", parsed.create_type)));
         }
         if parsed.extents.len() > MAX_EXTENTS {
-            return Err(Error::invalid(format!("VMDK descriptor names {} extents; {MAX_EXTENTS} are the most", parsed.extents.len())));
+            return Err(Error::invalid(format!(
+                "VMDK descriptor names {} extents; {MAX_EXTENTS} are the most",
+                parsed.extents.len()
+            )));
         }
         let mut start = 0u64;
         for line in &parsed.extents {
-            let len = line.sectors.checked_mul(512).filter(|&l| start.checked_add(l).is_some_and(|end| end <= i64::MAX as u64));
+            let len = line
+                .sectors
+                .checked_mul(512)
+                .filter(|&l| start.checked_add(l).is_some_and(|end| end <= i64::MAX as u64));
             let len = len.ok_or_else(|| Error::invalid("VMDK extents add up to more than 8 EiB"))?;
             let (mut file, mut name) = (0, String::new());
             let body = match line.kind {
@@ -173,11 +199,15 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
                     file = storages.len() as u16;
                     storages.push(Arc::clone(&storage));
                     if let Kind::Flat { sector } = kind {
-                        let offset = sector.checked_mul(512).filter(|o| o.checked_add(len).is_some_and(|e| e <= i64::MAX as u64));
-                        let offset = offset.ok_or_else(|| Error::invalid(format!("Invalid extent offset {sector}")))?;
+                        let offset = sector
+                            .checked_mul(512)
+                            .filter(|o| o.checked_add(len).is_some_and(|e| e <= i64::MAX as u64));
+                        let offset = offset
+                            .ok_or_else(|| Error::invalid(format!("Invalid extent offset {sector}")))?;
                         Body::Flat { offset }
                     } else {
-                        let sparse = Sparse::open(storage).context(|| format!("VMDK extent '{}'", line.file))?;
+                        let sparse =
+                            Sparse::open(storage).context(|| format!("VMDK extent '{}'", line.file))?;
                         if sparse.size() < len {
                             return Err(Error::invalid(format!(
                                 "VMDK extent '{}' is shorter than the descriptor says",
@@ -188,12 +218,21 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
                     }
                 }
             };
-            pieces.push(Piece { start, len, writable: line.writable, file, shown: (name, line.word.clone()), body });
+            pieces.push(Piece {
+                start,
+                len,
+                writable: line.writable,
+                file,
+                shown: (name, line.word.clone()),
+                body,
+            });
             start += len;
         }
     }
     let backing = match &parsed.parent_hint {
-        Some(name) if parsed.parent_cid != NO_PARENT => Some(Backing { name: name.clone(), format: Some("vmdk".into()) }),
+        Some(name) if parsed.parent_cid != NO_PARENT => {
+            Some(Backing { name: name.clone(), format: Some("vmdk".into()) })
+        }
         _ => None,
     };
     if let Some(b) = &backing
@@ -209,7 +248,8 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
             parsed.parent_cid
         )));
     }
-    let sparse = || pieces.iter().filter_map(|p| if let Body::Sparse(s) = &p.body { Some((p, s)) } else { None });
+    let sparse =
+        || pieces.iter().filter_map(|p| if let Body::Sparse(s) = &p.body { Some((p, s)) } else { None });
     let unit = sparse().map(|(_, s)| s.grain).max().unwrap_or(1);
     if !opening.read_only && sparse().any(|(p, _)| p.start % unit != 0) {
         return Err(Error::unsupported(
@@ -218,7 +258,9 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     }
     let packed = sparse().any(|(_, s)| s.compressed());
     if packed && pieces.len() > 1 && !opening.read_only {
-        return Err(Error::unsupported("VMDK images with several compressed extents can only be opened read-only"));
+        return Err(Error::unsupported(
+            "VMDK images with several compressed extents can only be opened read-only",
+        ));
     }
     Ok(Box::new(Vmdk {
         size: pieces.iter().map(|p| p.len).sum(),
@@ -237,10 +279,11 @@ impl Vmdk {
     /// The piece that holds guest offset `at`.
     fn piece(&self, at: u64) -> Result<&Piece> {
         let i = self.pieces.partition_point(|p| p.start <= at);
-        self.pieces
-            .get(i.wrapping_sub(1))
-            .filter(|p| at - p.start < p.len)
-            .ok_or(Error::OutOfRange { offset: at, len: 1, size: self.size })
+        self.pieces.get(i.wrapping_sub(1)).filter(|p| at - p.start < p.len).ok_or(Error::OutOfRange {
+            offset: at,
+            len: 1,
+            size: self.size,
+        })
     }
 
     /// Gives the image another content id before its contents change, so that overlays made on the old contents are found out.
@@ -258,7 +301,8 @@ impl Vmdk {
             if let Some(changed) = descriptor::replace_cid(&t.text, u32::from_le_bytes(cid) & 0x7fff_ffff) {
                 // Only the sector with the number, where the length stays the same: it is written whole or not at all.
                 if changed.len() == t.text.len() {
-                    let at = changed.bytes().zip(t.text.bytes()).position(|(a, b)| a != b).unwrap_or(0) & !511;
+                    let at =
+                        changed.bytes().zip(t.text.bytes()).position(|(a, b)| a != b).unwrap_or(0) & !511;
                     let end = changed.len().min(at + 1024);
                     self.storages[0].write_at(&changed.as_bytes()[at..end], t.offset + at as u64)?;
                 } else if changed.len() as u64 <= t.room {
@@ -284,7 +328,9 @@ impl Vmdk {
 
     /// The only extent of an image with compressed grains.
     fn stream(&self) -> Result<&Sparse> {
-        self.each_sparse().next().ok_or_else(|| Error::unsupported("this VMDK image stores nothing compressed"))
+        self.each_sparse()
+            .next()
+            .ok_or_else(|| Error::unsupported("this VMDK image stores nothing compressed"))
     }
 }
 
@@ -350,12 +396,18 @@ impl Format for Vmdk {
                 Extent {
                     offset,
                     len,
-                    mapping: Mapping::Data { file: piece.file, host: base + within, in_place: piece.writable },
+                    mapping: Mapping::Data {
+                        file: piece.file,
+                        host: base + within,
+                        in_place: piece.writable,
+                    },
                 },
             ),
             Body::Sparse(sparse) => {
                 let mut found = Vec::new();
-                support::map_units((piece.file, sparse.grain), (within, len), &mut found, |g, s| sparse.lookup(g, s))?;
+                support::map_units((piece.file, sparse.grain), (within, len), &mut found, |g, s| {
+                    sparse.lookup(g, s)
+                })?;
                 for mut e in found {
                     e.offset += piece.start;
                     match &mut e.mapping {
@@ -372,12 +424,17 @@ impl Format for Vmdk {
 
     fn decode(&self, extent: &Extent, stored: &[u8], out: &mut [u8]) -> Result<()> {
         let damaged = |what: &str| {
-            Error::Corrupt(format!("'{}': the compressed grain at {:#x} {what}", self.storages[0].name(), extent.offset))
+            Error::Corrupt(format!(
+                "'{}': the compressed grain at {:#x} {what}",
+                self.storages[0].name(),
+                extent.offset
+            ))
         };
         let piece = self.piece(extent.offset)?;
         let Body::Sparse(sparse) = &piece.body else { return Err(damaged("is in an extent without grains")) };
         let packed = if sparse.markers() {
-            let (marker, rest) = stored.split_at_checked(GRAIN_MARKER).ok_or_else(|| damaged("has no marker"))?;
+            let (marker, rest) =
+                stored.split_at_checked(GRAIN_MARKER).ok_or_else(|| damaged("has no marker"))?;
             rest.get(..le32(marker, 8) as usize).ok_or_else(|| damaged("is longer than its place"))?
         } else {
             stored
@@ -389,7 +446,8 @@ impl Format for Vmdk {
                 Ok(_) => {
                     // The last grain of a disk may have been stored no longer than the disk.
                     let got = inflate.total_out() as usize;
-                    let needed = (piece.start + piece.len).saturating_sub(extent.offset - extent.offset % sparse.grain);
+                    let needed = (piece.start + piece.len)
+                        .saturating_sub(extent.offset - extent.offset % sparse.grain);
                     if (got as u64) < needed.min(out.len() as u64) {
                         return Err(damaged("ends early"));
                     }
@@ -412,7 +470,17 @@ impl Format for Vmdk {
             Body::Zero => Err(Error::ReadOnly("a VMDK extent of zeros".into())),
             Body::Flat { offset: base } => {
                 let host = base + within;
-                out.push(WriteExtent { offset, len, file: piece.file, host, new: false, head: 0, tail: 0, fresh: false, cookie: 0 });
+                out.push(WriteExtent {
+                    offset,
+                    len,
+                    file: piece.file,
+                    host,
+                    new: false,
+                    head: 0,
+                    tail: 0,
+                    fresh: false,
+                    cookie: 0,
+                });
                 Ok(())
             }
             Body::Sparse(sparse) if sparse.compressed() => {
@@ -421,7 +489,13 @@ impl Format for Vmdk {
             Body::Sparse(sparse) => {
                 let mut made = Vec::new();
                 let whole = (piece.file, sparse.grain);
-                support::prepare_units(whole, (within, len), &mut made, |g, s| sparse.lookup(g, s), |_| sparse.allocate())?;
+                support::prepare_units(
+                    whole,
+                    (within, len),
+                    &mut made,
+                    |g, s| sparse.lookup(g, s),
+                    |_| sparse.allocate(),
+                )?;
                 for mut e in made {
                     e.tail = e.tail.min(piece.len - e.offset - e.len);
                     e.offset += piece.start;
@@ -459,11 +533,14 @@ impl Format for Vmdk {
             let storage = &self.storages[usize::from(piece.file)];
             let done = match &piece.body {
                 Body::Zero => Zeroing::Done,
-                _ if !piece.writable => return Err(Error::ReadOnly(format!("VMDK extent '{}'", piece.shown.0))),
+                _ if !piece.writable => {
+                    return Err(Error::ReadOnly(format!("VMDK extent '{}'", piece.shown.0)));
+                }
                 Body::Flat { offset: base } => storage.write_zeroes(base + within, n, ZeroFlags { unmap })?,
                 Body::Sparse(sparse) => {
                     // A piece that ends inside a unit of another grain size is not whole.
-                    let whole = within.is_multiple_of(sparse.grain) && (n.is_multiple_of(sparse.grain) || within + n == piece.len);
+                    let whole = within.is_multiple_of(sparse.grain)
+                        && (n.is_multiple_of(sparse.grain) || within + n == piece.len);
                     support::zero_units(
                         (storage, sparse.grain),
                         (within, n),
@@ -472,7 +549,9 @@ impl Format for Vmdk {
                         |grain, slot| match slot {
                             Slot::Zero => Ok(Zeroing::Done),
                             Slot::Free if self.backing.is_none() => Ok(Zeroing::Done),
-                            _ if whole && sparse.zeroed_grains() => sparse.zero(grain).map(|()| Zeroing::Done),
+                            _ if whole && sparse.zeroed_grains() => {
+                                sparse.zero(grain).map(|()| Zeroing::Done)
+                            }
                             _ => Ok(Zeroing::Unsupported),
                         },
                     )?
@@ -578,7 +657,10 @@ impl Format for Vmdk {
             match &piece.body {
                 Body::Flat { offset } if offset + piece.len > size => {
                     report.corruptions += 1;
-                    report.say(format!("ERROR: extent '{}' ends before its {} bytes", piece.shown.0, piece.len));
+                    report.say(format!(
+                        "ERROR: extent '{}' ends before its {} bytes",
+                        piece.shown.0, piece.len
+                    ));
                 }
                 Body::Sparse(sparse) => check_sparse(sparse, &piece.shown.0, size, &mut report)?,
                 _ => {}
@@ -607,10 +689,13 @@ fn check_sparse(sparse: &Sparse, name: &str, size: u64, report: &mut CheckReport
         end = end.max(host + if sparse.compressed() { 512 } else { sparse.grain });
         if host >= size {
             outside += 1;
-            report.say(format!("ERROR: cluster offset {host:#x} of grain {grain} lies after the end of '{name}'"));
+            report.say(format!(
+                "ERROR: cluster offset {host:#x} of grain {grain} lies after the end of '{name}'"
+            ));
         } else if !sparse.compressed() && host % sparse.grain == 0 && !used.claim(host / sparse.grain) {
             shared += 1;
-            report.say(format!("ERROR: grain {grain} shares its place at {host:#x} of '{name}' with another"));
+            report
+                .say(format!("ERROR: grain {grain} shares its place at {host:#x} of '{name}' with another"));
         }
     });
     report.corruptions += outside + shared;

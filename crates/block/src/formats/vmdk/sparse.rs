@@ -72,7 +72,9 @@ impl Header {
         }
         // Footer marker, footer, end-of-stream marker: the last three sectors.
         let size = storage.size()?;
-        let at = size.checked_sub(1536).ok_or_else(|| Error::invalid("Invalid VMDK footer: the file is too short"))?;
+        let at = size
+            .checked_sub(1536)
+            .ok_or_else(|| Error::invalid("Invalid VMDK footer: the file is too short"))?;
         let mut tail = [0; 1536];
         storage.read_at(&mut tail, at)?;
         let (size_0, type_0) = (le32(&tail, 8), le32(&tail, 12));
@@ -113,7 +115,10 @@ impl Header {
             return Err(Error::unsupported(format!("Unsupported VMDK version {}", header.version)));
         }
         if header.flags & flag::COMPRESSED != 0 && header.compression != 1 {
-            return Err(Error::unsupported(format!("Unsupported VMDK compression algorithm {}", header.compression)));
+            return Err(Error::unsupported(format!(
+                "Unsupported VMDK compression algorithm {}",
+                header.compression
+            )));
         }
         if header.flags & flag::NEWLINES != 0 && b[73..77] != *b"\n \r\n" {
             return Err(bad("line ends were changed on its way here; copy the file in binary mode".into()));
@@ -145,7 +150,8 @@ impl Header {
         if self.capacity == 0 || self.capacity > 1 << 48 {
             return Err(bad(format!("capacity of {} sectors", self.capacity)));
         }
-        if self.descriptor.1 > (super::descriptor::MAX_DESCRIPTOR / 512) as u64 || self.descriptor.0 > 1 << 48 {
+        if self.descriptor.1 > (super::descriptor::MAX_DESCRIPTOR / 512) as u64 || self.descriptor.0 > 1 << 48
+        {
             return Err(bad("the descriptor is too large".into()));
         }
         Ok(self)
@@ -195,13 +201,19 @@ impl Sparse {
         let (header, from_footer) = Header::read(&*storage)?;
         let size = storage.size()?;
         let grain = header.grain * 512;
-        for directory in [Some(header.directory), header.has_redundant().then_some(header.redundant)].into_iter().flatten() {
-            let end = directory.checked_mul(512).and_then(|at| at.checked_add(header.directory_entries() * 4));
+        for directory in
+            [Some(header.directory), header.has_redundant().then_some(header.redundant)].into_iter().flatten()
+        {
+            let end =
+                directory.checked_mul(512).and_then(|at| at.checked_add(header.directory_entries() * 4));
             if directory == 0 || end.is_none_or(|end| end > size.next_multiple_of(512)) {
-                return Err(Error::invalid("Invalid VMDK extent: the grain directory lies outside of the file"));
+                return Err(Error::invalid(
+                    "Invalid VMDK extent: the grain directory lies outside of the file",
+                ));
             }
         }
-        let next = size.checked_next_multiple_of(grain).ok_or_else(|| Error::invalid("The file is too large"))?;
+        let next =
+            size.checked_next_multiple_of(grain).ok_or_else(|| Error::invalid("The file is too large"))?;
         Ok(Sparse {
             tables: MetaCache::new(Arc::clone(&storage), CACHE),
             directory: MetaCache::new(Arc::clone(&storage), CACHE / 4),
@@ -308,7 +320,8 @@ impl Sparse {
 
     /// Points the tables at the grain's new place.
     pub(super) fn assign(&self, grain: u64, host: u64) -> Result<()> {
-        let sector = u32::try_from(host / 512).map_err(|_| Error::invalid("a VMDK extent cannot reach past 2 TiB"))?;
+        let sector =
+            u32::try_from(host / 512).map_err(|_| Error::invalid("a VMDK extent cannot reach past 2 TiB"))?;
         self.set(grain, sector)
     }
 
@@ -340,7 +353,8 @@ impl Sparse {
         }
         let len = (self.entries() * 4).next_multiple_of(512);
         let at = self.tail.take(len.next_multiple_of(self.grain))?;
-        let sector = u32::try_from(at / 512).map_err(|_| Error::invalid("a VMDK extent cannot reach past 2 TiB"))?;
+        let sector =
+            u32::try_from(at / 512).map_err(|_| Error::invalid("a VMDK extent cannot reach past 2 TiB"))?;
         self.tables.write(at, &vec![0; len as usize])?;
         self.directory.write(directory * 512 + index * 4, &sector.to_le_bytes())?;
         Ok(at)

@@ -100,7 +100,11 @@ pub(super) struct Footer {
 
 /// The one's complement of the sum of all bytes but the sum's own.
 fn checksum(bytes: &[u8], at: usize) -> u32 {
-    !bytes.iter().enumerate().filter(|(i, _)| !(at..at + 4).contains(i)).fold(0u32, |sum, (_, &b)| sum.wrapping_add(b.into()))
+    !bytes
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !(at..at + 4).contains(i))
+        .fold(0u32, |sum, (_, &b)| sum.wrapping_add(b.into()))
 }
 
 impl Footer {
@@ -113,7 +117,11 @@ impl Footer {
         let kind = match be32(b, 60) {
             2 => Kind::Fixed,
             3 => Kind::Dynamic,
-            4 => return Err(Error::unsupported("Differencing VHD images are not supported; merge the image with its parent first")),
+            4 => {
+                return Err(Error::unsupported(
+                    "Differencing VHD images are not supported; merge the image with its parent first",
+                ));
+            }
             other => return Err(Error::invalid(format!("Invalid VHD image: disk type {other}"))),
         };
         if be32(b, 12) >> 16 != 1 {
@@ -145,14 +153,21 @@ impl Footer {
     }
 
     /// A new footer. `by_field`: the size field is what counts.
-    pub(super) fn encode(kind: Kind, sectors: u64, geometry: Geometry, by_field: bool, id: [u8; 16]) -> [u8; FOOTER] {
+    pub(super) fn encode(
+        kind: Kind,
+        sectors: u64,
+        geometry: Geometry,
+        by_field: bool,
+        id: [u8; 16],
+    ) -> [u8; FOOTER] {
         let mut b = [0; FOOTER];
         put(&mut b, 0, b"conectix");
         put(&mut b, 8, &2u32.to_be_bytes());
         put(&mut b, 12, &0x0001_0000u32.to_be_bytes());
         let header = if kind == Kind::Dynamic { FOOTER as u64 } else { u64::MAX };
         put(&mut b, 16, &header.to_be_bytes());
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(EPOCH, |d| d.as_secs());
+        let now =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(EPOCH, |d| d.as_secs());
         put(&mut b, 24, &(now.saturating_sub(EPOCH) as u32).to_be_bytes());
         // Other programs tell by this name how to find the size, so these are the names they know.
         put(&mut b, 28, if by_field { b"qem2" } else { b"qemu" });
@@ -231,7 +246,19 @@ mod tests {
 
     #[test]
     fn geometry_covers_and_footers_round_trip() {
-        for sectors in [1, 68, 2048, 131_072, 1 << 20, 1 << 22, 65535 * 16 * 63, 65535 * 16 * 63 + 1, 1 << 27, 1 << 28, 1 << 40] {
+        for sectors in [
+            1,
+            68,
+            2048,
+            131_072,
+            1 << 20,
+            1 << 22,
+            65535 * 16 * 63,
+            65535 * 16 * 63 + 1,
+            1 << 27,
+            1 << 28,
+            1 << 40,
+        ] {
             let g = Geometry::covering(sectors);
             assert!(g.total() >= sectors.min(MAX_CHS_SECTORS), "{sectors}: {g:?}");
             let f = Footer::parse(&Footer::encode(Kind::Dynamic, sectors, g, true, [1; 16])).unwrap();
@@ -248,7 +275,16 @@ mod tests {
         let good = DynamicHeader { table: 1536, entries: 4, block: 2 << 20 };
         let parse = |b: &[u8; DYNAMIC]| DynamicHeader::parse(b, 16384, 4096);
         assert_eq!(parse(&good.encode()).unwrap(), good);
-        for (at, value) in [(16, u32::MAX), (20, 4096), (20, 0), (28, 3), (28, u32::MAX), (32, 0), (32, 3 << 20), (32, 1 << 31)] {
+        for (at, value) in [
+            (16, u32::MAX),
+            (20, 4096),
+            (20, 0),
+            (28, 3),
+            (28, u32::MAX),
+            (32, 0),
+            (32, 3 << 20),
+            (32, 1 << 31),
+        ] {
             let mut b = good.encode();
             put(&mut b, at, &value.to_be_bytes());
             assert!(parse(&b).is_err(), "{at} = {value:#x}");

@@ -7,7 +7,8 @@
 mod header;
 
 use super::{
-    CheckReport, Creation, Driver, Extent, Format, Info, Mapping, Opening, Preallocation, ProbeInput, Repair, WriteExtent,
+    CheckReport, Creation, Driver, Extent, Format, Info, Mapping, Opening, Preallocation, ProbeInput, Repair,
+    WriteExtent,
     support::{self, MetaCache, Slot, Tail, be32, flush_ordered},
 };
 use crate::{
@@ -15,7 +16,9 @@ use crate::{
     options::{OptionKind, OptionSpec},
     storage::{Storage, Window, ZeroFlags, Zeroing},
 };
-use header::{DYNAMIC, DynamicHeader, FOOTER, Footer, Geometry, Kind, MAX_CHS_SECTORS, MAX_SECTORS, SizeFrom};
+use header::{
+    DYNAMIC, DynamicHeader, FOOTER, Footer, Geometry, Kind, MAX_CHS_SECTORS, MAX_SECTORS, SizeFrom,
+};
 use std::sync::{Arc, Mutex};
 
 /// The format.
@@ -85,7 +88,9 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     if footer.kind == Kind::Fixed {
         let size = sectors * 512;
         if size > file_size {
-            return Err(Error::invalid(format!("Invalid VHD image: the disk has {size} bytes but the file only {file_size}")));
+            return Err(Error::invalid(format!(
+                "Invalid VHD image: the disk has {size} bytes but the file only {file_size}"
+            )));
         }
         // The guest must not reach the footer, even where the file is longer than the disk.
         let disk: Arc<dyn Storage> = Arc::new(Window::new(storage, 0, size)?);
@@ -114,7 +119,9 @@ fn create(creation: Creation<'_>) -> Result<()> {
     let fixed = match creation.options.take("subformat").as_deref() {
         None | Some("dynamic") => false,
         Some("fixed") => true,
-        Some(other) => return Err(Error::usage(format!("Invalid parameter '{other}'; subformat is dynamic or fixed"))),
+        Some(other) => {
+            return Err(Error::usage(format!("Invalid parameter '{other}'; subformat is dynamic or fixed")));
+        }
     };
     let force_size = creation.options.take_bool("force_size")?.unwrap_or(false);
     let wanted = creation.size.div_ceil(512);
@@ -183,7 +190,17 @@ impl Format for Fixed {
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
-        out.push(WriteExtent { offset, len, file: 0, host: offset, new: false, head: 0, tail: 0, fresh: false, cookie: 0 });
+        out.push(WriteExtent {
+            offset,
+            len,
+            file: 0,
+            host: offset,
+            new: false,
+            head: 0,
+            tail: 0,
+            fresh: false,
+            cookie: 0,
+        });
         Ok(())
     }
 
@@ -308,7 +325,9 @@ impl Format for Dynamic {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        support::map_units((0, self.header.block), (offset, len), out, |first, slots| self.lookup(first, slots))
+        support::map_units((0, self.header.block), (offset, len), out, |first, slots| {
+            self.lookup(first, slots)
+        })
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
@@ -411,7 +430,10 @@ impl Format for Dynamic {
         for pair in starts.windows(2) {
             if pair[1].0 - pair[0].0 < stride {
                 report.corruptions += 1;
-                report.say(format!("ERROR: blocks {} and {} overlap at {:#x}", pair[0].1, pair[1].1, pair[1].0));
+                report.say(format!(
+                    "ERROR: blocks {} and {} overlap at {:#x}",
+                    pair[0].1, pair[1].1, pair[1].0
+                ));
             }
         }
         let end = starts.last().map_or(metadata_end, |&(start, _)| start + stride);
