@@ -43,7 +43,7 @@ fn q35_bzimage_32_bit_entry() {
 fn q35_two_vcpus() {
     let end = boot("vmlinux", "report", &["--cpus", "2,sockets=2"]).finish();
     assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
-    for fact in ["CPUS 2", "TOPOLOGY 2 sockets", "CLOCKSOURCE kvm-clock", "ACPI FACP", "ACPI MCFG", "QEMU/Standard PC"] {
+    for fact in ["CPUS 2", "TOPOLOGY 2 sockets", "ACPI FACP", "ACPI MCFG", "QEMU/Standard PC"] {
         assert!(end.stdout.contains(fact), "{fact}: {}", end.stdout);
     }
 }
@@ -144,7 +144,8 @@ fn the_power_button_is_heard() {
     for machine in ["q35", "microvm"] {
         let mut idle = boot("vmlinux", "button", &["--machine", machine]);
         idle.wait_for("BUTTON-WAIT");
-        idle.send(b"\x01p");
+        // The guest says so shortly before it listens.
+        idle.wait_doing("POWER-BUTTON", |run| run.send(b"\x01p"));
         let end = idle.finish();
         assert!(end.stdout.contains("POWER-BUTTON"), "{machine}: {}", end.stdout);
         assert_eq!(end.status, Some(0));

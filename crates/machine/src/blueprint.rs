@@ -105,7 +105,7 @@ pub struct BoardSpec {
 }
 
 /// A disk image: `file=PATH,...` of a blockdev.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct BlockSpec {
     /// Path of the image.
@@ -116,4 +116,12 @@ pub struct BlockSpec {
     pub read_only: bool,
     /// Open even if another process uses it.
     pub force_share: bool,
+    /// Give what the guest discards back to the host.
+    pub discard: bool,
+}
+
+impl Default for BlockSpec {
+    fn default() -> Self {
+        Self { file: PathBuf::new(), format: None, read_only: false, force_share: false, discard: true }
+    }
 }

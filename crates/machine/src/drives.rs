@@ -31,9 +31,14 @@ impl Drives {
                 read_only: spec.read_only,
                 force_share: spec.force_share,
                 exclusive: !spec.force_share,
+                discard: spec.discard,
                 ..OpenOptions::default()
             };
-            let image = Image::open(name, &options).map_err(|e| Error::Config(format!("disk '{name}': {e}")))?;
+            let image = Image::open(name, &options).map_err(|e| {
+                // Some messages keep the two lines that image tools print.
+                let text = e.to_string().lines().map(str::trim).collect::<Vec<_>>().join("; ");
+                Error::Config(format!("disk '{name}': {text}"))
+            })?;
             if drives.waiting.insert(id.clone(), Arc::new(image)).is_some() {
                 return Err(Error::Config(format!("there are two disk images with the id '{id}'")));
             }

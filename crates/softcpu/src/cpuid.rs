@@ -201,7 +201,10 @@ mod tests {
         assert!(avx || t.query(7, 0)[1] & 1 << 5 == 0);
         // L3 of leaf 8000_0006 (units of 512 KiB) equals ways * sets * line of leaf 8000_001d.
         let l3 = t.query(0x8000_001d, 3);
-        assert_eq!((t.query(0x8000_0006, 0)[3] >> 18) as u64 * 524_288, ((l3[1] >> 22) as u64 + 1) * (l3[2] as u64 + 1) * 64);
+        assert_eq!(
+            (t.query(0x8000_0006, 0)[3] >> 18) as u64 * 524_288,
+            ((l3[1] >> 22) as u64 + 1) * (l3[2] as u64 + 1) * 64
+        );
     }
 
     #[test]

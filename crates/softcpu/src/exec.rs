@@ -265,7 +265,7 @@ impl Cpu {
                     return Some(Exit::Kicked);
                 }
                 if pending.contains(Signal::INIT) {
-                    self.signals.take(Signal::INIT | Signal::SIPI);
+                    self.signals.take(Signal::INIT);
                     self.init();
                     continue;
                 }

@@ -1,4 +1,5 @@
 //! Runs the program as a user would, with a time limit.
+#![allow(dead_code)] // each test program uses its part
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -87,6 +88,26 @@ impl Run {
         while !self.stdout.contains(text) {
             assert!(self.pump(), "ended without '{text}'\n--- stdout\n{}\n--- stderr\n{}", self.stdout, self.stderr);
         }
+    }
+
+    /// Waits until the guest has printed `text`, doing something each time nothing happens for half a second.
+    pub fn wait_doing(&mut self, text: &str, mut act: impl FnMut(&mut Self)) {
+        while !self.stdout.contains(text) {
+            act(self);
+            let whole = std::mem::replace(&mut self.deadline, Instant::now() + Duration::from_millis(500));
+            while !self.stdout.contains(text) && self.pump_until_deadline() {}
+            assert!(Instant::now() < whole, "no '{text}' in time\n--- stdout\n{}", self.stdout);
+            self.deadline = whole;
+        }
+    }
+
+    /// As `pump`, but a deadline that passes is no failure.
+    fn pump_until_deadline(&mut self) -> bool {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let Ok((is_err, bytes)) = self.output.recv_timeout(left) else { return false };
+        let text = if is_err { &mut self.stderr } else { &mut self.stdout };
+        text.push_str(&String::from_utf8_lossy(&bytes));
+        true
     }
 
     /// Waits for more output, whatever it is.

@@ -192,7 +192,10 @@ mod tests {
     #[test]
     fn a_stuck_processor() {
         assert!(says_stuck("[  220.448599] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [vcpu0:262]"));
-        assert!(!says_stuck("    [  220.448599] watchdog: BUG: soft lockup"), "a guest's output, shown by a scenario");
+        assert!(
+            !says_stuck("    [  220.448599] watchdog: BUG: soft lockup"),
+            "a guest's output, shown by a scenario"
+        );
     }
 
     #[test]

@@ -59,6 +59,17 @@ pub enum Power {
     None,
 }
 
+impl Power {
+    /// Port of the reset register, which takes [`RESET_VALUE`].
+    pub fn reset_port(&self) -> Option<u16> {
+        match self {
+            Power::Fixed { .. } => Some(RESET_PORT),
+            Power::Reduced { base, .. } => Some(base + 2),
+            Power::None => None,
+        }
+    }
+}
+
 /// SCI on PCs.
 pub const SCI_GSI: u32 = 9;
 /// Address of the HPET.

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 use bus::RegionId;
 use devices::chipset::{LegacyLine, ReducedPower};
 
-pub(super) const BOARD: Board = Board { name: "microvm", about: "microvm (virtio-mmio, minimal ACPI)", low_ram_end, build };
+pub(super) const BOARD: Board = Board { name: "microvm", about: "Minimal machine: virtio-mmio, ACPI without fixed hardware", product: "microvm", low_ram_end, build };
 
 /// Where QEMU's microvm has its transports.
 const MMIO_BASE: u64 = 0xfeb0_0000;

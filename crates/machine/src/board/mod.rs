@@ -27,6 +27,8 @@ pub struct Board {
     pub name: &'static str,
     /// One line.
     pub about: &'static str,
+    /// SMBIOS product name, by which guests know it.
+    product: &'static str,
     /// Where RAM below 4 GiB ends at most, for a given total in bytes.
     low_ram_end: fn(u64) -> u64,
     /// Puts the devices on.
@@ -149,7 +151,7 @@ pub(crate) fn build(
         windows: None,
         devices: Vec::new(),
         power_button: None,
-        product: board.about,
+        product: board.product,
         pins: BTreeMap::new(),
         mmio_slots: Vec::new(),
     };
@@ -269,6 +271,17 @@ impl Built {
         }
     }
 
+    /// The code at the real-mode reset vector, where an operating system that knows no better way to reset jumps: it
+    /// writes the ACPI reset register.
+    fn write_reset_code(&self) -> Result<()> {
+        const RESET_VECTOR: u64 = 0xf_fff0;
+        let Some(port) = self.acpi.power.reset_port() else { return Ok(()) };
+        let [low, high] = port.to_le_bytes();
+        // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+        let code = [0xba, low, high, 0xb0, acpi::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+        Ok(self.memory.write(RESET_VECTOR, &code)?)
+    }
+
     /// What firmware leaves behind: BARs, ACPI, SMBIOS, the memory map.
     pub(crate) fn write_tables(&self) -> Result<Tables> {
         if let (Some(pci), Some(windows)) = (&self.pci, self.windows) {
@@ -279,6 +292,7 @@ impl Built {
             return Err(Error::Config("the ACPI tables do not fit below 0xf0000: use fewer vCPUs or devices".into()));
         }
         smbios::write(&self.smbios, &self.memory, SMBIOS_TABLES)?;
+        self.write_reset_code()?;
         Ok(Tables { rsdp: Some(ACPI_TABLES), e820: self.e820.clone() })
     }
 }

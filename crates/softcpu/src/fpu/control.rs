@@ -52,8 +52,12 @@ impl Fpu {
             Format { wide: true, real: false } => (b >> 16, a, c),
             // There is no room for the opcode.
             Format { wide: false, real: false } => (0, a, c),
-            Format { wide: true, real: true } => (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16),
-            Format { wide: false, real: true } => (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16),
+            Format { wide: true, real: true } => {
+                (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16)
+            }
+            Format { wide: false, real: true } => {
+                (b, a & 0xffff | (b >> 12) << 16, c & 0xffff | (d >> 12) << 16)
+            }
         };
         (self.fop, self.fip, self.fdp) = (fop as u16 & 0x7ff, u64::from(fip), u64::from(fdp));
     }

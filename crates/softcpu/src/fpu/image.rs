@@ -132,7 +132,8 @@ impl Fpu {
     pub(super) fn in_use(&mut self) -> u64 {
         let (fop, fip, fdp) = (self.fop, self.fip, self.fdp);
         let x87 = self.x87_ref();
-        let fresh = x87.fcw == super::FCW_INIT && x87.fsw == 0 && x87.ftw == 0 && (fop, fip, fdp) == (0, 0, 0);
+        let fresh =
+            x87.fcw == super::FCW_INIT && x87.fsw == 0 && x87.ftw == 0 && (fop, fip, fdp) == (0, 0, 0);
         let fresh = fresh && x87.st.iter().all(|r| r[..10] == [0; 10]);
         let sse = self.vec.iter().any(|v| v.0[..16] != [0; 16]);
         let avx = self.vec.iter().any(|v| v.0[16..32] != [0; 16]);

@@ -161,7 +161,11 @@ impl Cpu {
         }
         if write & xcr0::AVX != 0 {
             self.fpu.put_avx(&mut b[AVX_OFFSET..], count);
-            self.write_bytes(seg, lin.wrapping_add(AVX_OFFSET as u64), &b[AVX_OFFSET..AVX_OFFSET + AVX_SIZE * count / 16])?;
+            self.write_bytes(
+                seg,
+                lin.wrapping_add(AVX_OFFSET as u64),
+                &b[AVX_OFFSET..AVX_OFFSET + AVX_SIZE * count / 16],
+            )?;
         }
         let header = lin.wrapping_add(HEADER as u64);
         if compact {
@@ -204,7 +208,11 @@ impl Cpu {
             return Err(self.gp(0));
         }
         if plan.load & xcr0::AVX != 0 {
-            self.read_bytes(op.seg(), lin.wrapping_add(AVX_OFFSET as u64), &mut b[AVX_OFFSET..AVX_OFFSET + AVX_SIZE * count / 16])?;
+            self.read_bytes(
+                op.seg(),
+                lin.wrapping_add(AVX_OFFSET as u64),
+                &mut b[AVX_OFFSET..AVX_OFFSET + AVX_SIZE * count / 16],
+            )?;
         }
         let fpu = &mut self.fpu;
         if plan.load & xcr0::X87 != 0 {
@@ -266,9 +274,7 @@ impl Cpu {
 
 /// Whether XCR0 may have this value.
 pub fn valid_xcr0(value: u64) -> bool {
-    value & xcr0::X87 != 0
-        && value & !components() == 0
-        && (value & xcr0::AVX == 0 || value & xcr0::SSE != 0)
+    value & xcr0::X87 != 0 && value & !components() == 0 && (value & xcr0::AVX == 0 || value & xcr0::SSE != 0)
 }
 
 #[cfg(test)]

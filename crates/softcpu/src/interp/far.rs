@@ -453,7 +453,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn is_amd(&self) -> bool {
+    pub(super) fn is_amd(&self) -> bool {
         // "Auth" in EBX of leaf 0.
         self.cpuid.query(0, 0)[1] == 0x6874_7541
     }

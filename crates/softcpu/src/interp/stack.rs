@@ -116,8 +116,8 @@ fn push_m<const BYTES: u8>(cpu: &mut Cpu, op: &Op) -> Res<()> {
 /// PUSH of a segment register (`op.src`): the selector, zero-extended.
 fn push_seg(cpu: &mut Cpu, op: &Op) -> Res<()> {
     let selector = cpu.seg[op.src as usize % 6].selector;
-    if op.scale == 4 {
-        // Only the low half is written.
+    if op.scale == 4 && !cpu.is_amd() {
+        // Intel's processors only write the low half.
         let lin = cpu.stack(-4, 4, true)?;
         cpu.write(seg::SS, lin, selector)?;
         cpu.add_sp(4u64.wrapping_neg());

@@ -16,8 +16,8 @@ impl Cpu {
         let flat = g.limit == u32::MAX
             && g.attr & (attr::P | attr::UNUSABLE | attr::S | attr::CODE | attr::EC | attr::RW)
                 == attr::P | attr::S | attr::RW;
-        if flat {
-            // An access that wraps around 4 GiB is left to wrap, as processors do for flat segments.
+        // An access that wraps around 4 GiB violates the limit even of a flat segment.
+        if flat && (offset as u32).checked_add(len.wrapping_sub(1)).is_some() {
             return Ok(g.base.wrapping_add(offset) as u32 as u64);
         }
         self.linear_checked(s, offset as u32, len, write)

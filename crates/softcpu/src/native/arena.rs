@@ -71,7 +71,9 @@ impl Arena {
                     return None;
                 }
                 // SAFETY: the range lies inside the writable mapping, and nothing executes it yet.
-                unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), mappings.write.as_ptr().add(at), code.len()) };
+                unsafe {
+                    std::ptr::copy_nonoverlapping(code.as_ptr(), mappings.write.as_ptr().add(at), code.len())
+                };
                 inner.used = end;
                 inner.code.insert(code.into(), at);
                 at

@@ -37,7 +37,10 @@ impl Cpu {
             Class::Sse => em || self.cr4 & cr::CR4_OSFXSR == 0,
             Class::Avx => {
                 let both = xcr0::SSE | xcr0::AVX;
-                !self.protected() || self.v86() || self.cr4 & cr::CR4_OSXSAVE == 0 || self.fpu.xcr0 & both != both
+                !self.protected()
+                    || self.v86()
+                    || self.cr4 & cr::CR4_OSXSAVE == 0
+                    || self.fpu.xcr0 & both != both
             }
         };
         if undefined {

@@ -57,8 +57,10 @@ pub fn emit(i: &Instruction, recipe: &Recipe) -> Option<(Vec<u8>, Slots)> {
             continue;
         }
         let access = info.op_access(k);
-        let writes =
-            matches!(access, OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite);
+        let writes = matches!(
+            access,
+            OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite
+        );
         let reads = !matches!(access, OpAccess::Write);
         let at = used;
         used += 1;
@@ -69,7 +71,10 @@ pub fn emit(i: &Instruction, recipe: &Recipe) -> Option<(Vec<u8>, Slots)> {
         }
         if r.is_vector_register() {
             let ours = at as u8 + 1;
-            body.set_op_register(k, if r.is_ymm() { Register::YMM0 } else { Register::XMM0 } + u32::from(ours));
+            body.set_op_register(
+                k,
+                if r.is_ymm() { Register::YMM0 } else { Register::XMM0 } + u32::from(ours),
+            );
             // Legacy encodings merge with what the register held.
             if reads || !recipe.vex {
                 load_vector(&mut loads, ours, place, recipe.vex, r.is_ymm());
@@ -155,7 +160,7 @@ fn place(out: &mut Vec<u8>, reg: u8, at: Place, base: u32, shift: u8) {
         }
         Place::Fixed(n) => {
             out.push(0x87 | reg << 3); // [rdi + disp32]
-            out.extend((base + (u32::from(n) * 8 << shift)).to_le_bytes());
+            out.extend((base + ((u32::from(n) * 8) << shift)).to_le_bytes());
         }
     }
 }

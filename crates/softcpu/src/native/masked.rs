@@ -10,7 +10,7 @@ use crate::state::Cpu;
 
 /// Index of the vector register in a slot.
 fn index(slot: u64) -> usize {
-    (slot / 8 & 15) as usize
+    ((slot / 8) & 15) as usize
 }
 
 /// Whether element `i` of a mask vector is selected: its most significant bit.

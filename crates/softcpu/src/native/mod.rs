@@ -92,7 +92,8 @@ pub fn lower(i: &Instruction, bytes: &[u8], mode: Mode, arena: &Arena, op: &mut 
     let Some((entry, slots)) = code(i, &recipe, arena) else { return false };
     let Recipe { class, special, access, size, align, host_aligned, x87, records, reads_flags, .. } = recipe;
     let cc = cc_mask(recipe.writes_flags);
-    let thunk = Thunk { entry, special, cc, size, align, host_aligned, class, access, x87, records, reads_flags };
+    let thunk =
+        Thunk { entry, special, cc, size, align, host_aligned, class, access, x87, records, reads_flags };
     op.handler = run::handler(&thunk);
     let thunk = arena.intern(thunk) as u64;
     if records {
@@ -112,7 +113,8 @@ pub fn lower(i: &Instruction, bytes: &[u8], mode: Mode, arena: &Arena, op: &mut 
 fn code(i: &Instruction, recipe: &Recipe, arena: &Arena) -> Option<(Option<Code>, emit::Slots)> {
     if recipe.special.is_some() {
         let mut slots = [0; 3];
-        let registers = (0..i.op_count()).filter(|k| i.op_kind(*k) == OpKind::Register).map(|k| i.op_register(k));
+        let registers =
+            (0..i.op_count()).filter(|k| i.op_kind(*k) == OpKind::Register).map(|k| i.op_register(k));
         // A gather's index comes last: it stands in the memory operand.
         let index = Some(i.memory_index()).filter(|r| r.is_vector_register());
         let registers = registers.chain(index).filter(|r| *r != Register::None);
@@ -174,33 +176,33 @@ mod tests {
     fn lowers(code: Iced, memory: bool) -> bool {
         let kinds = code.op_code().op_kinds();
         let mut i = Instruction::new();
-            i.set_code(code);
-            for (n, k) in kinds.iter().enumerate() {
-                let name = format!("{k:?}");
-                let register = match () {
-                    () if memory && name.ends_with("_or_mem") => Register::None,
-                    () if name.starts_with("xmm") => Register::XMM5,
-                    () if name.starts_with("ymm") => Register::YMM5,
-                    () if name.starts_with("mm_") => Register::MM5,
-                    () if name.starts_with("st") => Register::ST0,
-                    () if name.starts_with("r64") => Register::RBX,
-                    () if name.starts_with("r32") => Register::EBX,
-                    () => Register::None,
-                };
-                if register != Register::None {
-                    i.set_op_register(n as u32, register);
-                } else if name.starts_with("imm") {
-                    i.set_op_kind(n as u32, OpKind::Immediate8);
-                } else if name.starts_with("seg_rDI") {
-                    i.set_op_kind(n as u32, OpKind::MemorySegRDI);
-                } else {
-                    i.set_op_kind(n as u32, OpKind::Memory);
-                    i.set_memory_base(Register::RBX);
-                    if name.contains("vsib") {
-                        i.set_memory_index(if name.ends_with('y') { Register::YMM6 } else { Register::XMM6 });
-                    }
+        i.set_code(code);
+        for (n, k) in kinds.iter().enumerate() {
+            let name = format!("{k:?}");
+            let register = match () {
+                () if memory && name.ends_with("_or_mem") => Register::None,
+                () if name.starts_with("xmm") => Register::XMM5,
+                () if name.starts_with("ymm") => Register::YMM5,
+                () if name.starts_with("mm_") => Register::MM5,
+                () if name.starts_with("st") => Register::ST0,
+                () if name.starts_with("r64") => Register::RBX,
+                () if name.starts_with("r32") => Register::EBX,
+                () => Register::None,
+            };
+            if register != Register::None {
+                i.set_op_register(n as u32, register);
+            } else if name.starts_with("imm") {
+                i.set_op_kind(n as u32, OpKind::Immediate8);
+            } else if name.starts_with("seg_rDI") {
+                i.set_op_kind(n as u32, OpKind::MemorySegRDI);
+            } else {
+                i.set_op_kind(n as u32, OpKind::Memory);
+                i.set_memory_base(Register::RBX);
+                if name.contains("vsib") {
+                    i.set_memory_index(if name.ends_with('y') { Register::YMM6 } else { Register::XMM6 });
                 }
             }
-            recipe::recipe(&i).is_some_and(|r| r.special.is_some() || emit::emit(&i, &r).is_some())
+        }
+        recipe::recipe(&i).is_some_and(|r| r.special.is_some() || emit::emit(&i, &r).is_some())
     }
 }

@@ -5,8 +5,7 @@ use super::features::Host;
 use super::special::Special;
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpCodeOperandKind, OpKind, Register,
-    RflagsBits,
+    OpCodeOperandKind, OpKind, Register, RflagsBits,
 };
 
 /// Which unit an instruction belongs to, for the checks of CR0, CR4 and XCR0 (Intel SDM vol. 3, 2.5 and table 13-1).
@@ -84,7 +83,16 @@ fn unaligned_legacy(m: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         m,
-        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm
+        Movups
+            | Movupd
+            | Movdqu
+            | Lddqu
+            | Pcmpestri
+            | Pcmpestri64
+            | Pcmpestrm
+            | Pcmpestrm64
+            | Pcmpistri
+            | Pcmpistrm
     )
 }
 
@@ -113,7 +121,19 @@ fn x87_control(m: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         m,
-        Fninit | Fnclex | Fldcw | Fnstcw | Fnstsw | Fnstenv | Fldenv | Fnsave | Frstor | Wait | Fneni | Fndisi | Fnsetpm
+        Fninit
+            | Fnclex
+            | Fldcw
+            | Fnstcw
+            | Fnstsw
+            | Fnstenv
+            | Fldenv
+            | Fnsave
+            | Frstor
+            | Wait
+            | Fneni
+            | Fndisi
+            | Fnsetpm
     )
 }
 

@@ -1,10 +1,10 @@
 //! Handlers of operations that call a thunk.
 #![allow(unsafe_code)] // calling generated code
 
-use super::{Code, Thunk};
 use super::check::Exceptions;
 use super::recipe::{Class, MemAccess};
 use super::special::Special;
+use super::{Code, Thunk};
 use crate::fault::Res;
 use crate::fpu::ready;
 use crate::op::{Handler, Next, Op, OpPtr};
@@ -118,19 +118,34 @@ fn store<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
 /// Linear address of the memory operand.
 #[inline(always)]
 pub(super) fn linear(cpu: &mut Cpu, op: &Op, t: &Thunk, write: bool) -> Res<u64> {
-    let lin = cpu.address(op, u32::from(t.size), write)?;
-    if lin & (u64::from(t.align) - 1) != 0 {
+    if t.align > 1 {
+        return aligned(cpu, op, t, write);
+    }
+    cpu.address(op, u32::from(t.size), write)
+}
+
+/// The same, for an operand that must be aligned. That is checked before the segment's limit.
+#[inline]
+fn aligned(cpu: &mut Cpu, op: &Op, t: &Thunk, write: bool) -> Res<u64> {
+    let based = !cpu.mode.is64() || op.seg() >= crate::state::seg::FS;
+    let base = if based { cpu.seg[op.seg()].base } else { 0 };
+    if base.wrapping_add(cpu.offset(op)) & (u64::from(t.align) - 1) != 0 {
         return Err(cpu.gp(0));
     }
-    Ok(lin)
+    cpu.address(op, u32::from(t.size), write)
 }
 
 /// Runs `f` with the address of the memory operand's bytes: guest memory itself, or a copy.
 #[inline(always)]
-pub(super) fn source(cpu: &mut Cpu, op: &Op, t: &Thunk, f: impl FnOnce(&mut Cpu, *mut u8) -> u64) -> Res<u64> {
+pub(super) fn source(
+    cpu: &mut Cpu,
+    op: &Op,
+    t: &Thunk,
+    f: impl FnOnce(&mut Cpu, *mut u8) -> u64,
+) -> Res<u64> {
     let lin = linear(cpu, op, t, false)?;
     match cpu.host_read(op.seg(), lin, usize::from(t.size))? {
-        Some(p) if !t.host_aligned || p as usize % 16 == 0 => Ok(f(cpu, p.cast_mut())),
+        Some(p) if !t.host_aligned || (p as usize).is_multiple_of(16) => Ok(f(cpu, p.cast_mut())),
         _ => {
             let mut bounce = Bounce([0; 64]);
             cpu.read_bytes(op.seg(), lin, &mut bounce.0[..usize::from(t.size)])?;
@@ -143,7 +158,12 @@ pub(super) fn source(cpu: &mut Cpu, op: &Op, t: &Thunk, f: impl FnOnce(&mut Cpu,
 
 /// Runs `f` with the address where the memory operand is to be stored.
 #[inline(always)]
-pub(super) fn destination(cpu: &mut Cpu, op: &Op, t: &Thunk, f: impl FnOnce(&mut Cpu, *mut u8) -> u64) -> Res<()> {
+pub(super) fn destination(
+    cpu: &mut Cpu,
+    op: &Op,
+    t: &Thunk,
+    f: impl FnOnce(&mut Cpu, *mut u8) -> u64,
+) -> Res<()> {
     let lin = linear(cpu, op, t, true)?;
     match cpu.host_write(op.seg(), lin, usize::from(t.size))? {
         Some(p) => {
@@ -265,7 +285,9 @@ fn run_special(cpu: &mut Cpu, op: &Op, t: &Thunk, which: Special) -> Res<()> {
         Special::MaskStoreMmx => cpu.mask_store_mmx(op),
         Special::MaskStoreBytes => cpu.mask_store_bytes(op, t.class),
         Special::MaskLoad { element, vector } => cpu.mask_load(op, usize::from(element), usize::from(vector)),
-        Special::MaskStore { element, vector } => cpu.mask_store(op, usize::from(element), usize::from(vector)),
+        Special::MaskStore { element, vector } => {
+            cpu.mask_store(op, usize::from(element), usize::from(vector))
+        }
         Special::Gather { element, index, count } => {
             cpu.gather(op, usize::from(element), usize::from(index), usize::from(count))
         }

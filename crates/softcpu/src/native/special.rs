@@ -13,24 +13,48 @@ pub enum Special {
     Fnstcw,
     FnstswMem,
     FnstswAx,
-    Fnstenv { wide: bool },
-    Fldenv { wide: bool },
-    Fnsave { wide: bool },
-    Frstor { wide: bool },
+    Fnstenv {
+        wide: bool,
+    },
+    Fldenv {
+        wide: bool,
+    },
+    Fnsave {
+        wide: bool,
+    },
+    Frstor {
+        wide: bool,
+    },
     Wait,
     /// FNENI, FNDISI, FNSETPM: no-operations since the 387.
     X87Nop,
     Emms,
     Ldmxcsr,
     Stmxcsr,
-    Fxsave { wide: bool },
-    Fxrstor { wide: bool },
-    Xsave { wide: bool },
-    Xsaveopt { wide: bool },
-    Xsavec { wide: bool },
-    Xsaves { wide: bool },
-    Xrstor { wide: bool },
-    Xrstors { wide: bool },
+    Fxsave {
+        wide: bool,
+    },
+    Fxrstor {
+        wide: bool,
+    },
+    Xsave {
+        wide: bool,
+    },
+    Xsaveopt {
+        wide: bool,
+    },
+    Xsavec {
+        wide: bool,
+    },
+    Xsaves {
+        wide: bool,
+    },
+    Xrstor {
+        wide: bool,
+    },
+    Xrstors {
+        wide: bool,
+    },
     Xgetbv,
     Xsetbv,
     Vzeroupper,
@@ -40,11 +64,21 @@ pub enum Special {
     /// MASKMOVDQU, VMASKMOVDQU.
     MaskStoreBytes,
     /// VMASKMOVPS, VMASKMOVPD, VPMASKMOVD, VPMASKMOVQ from memory. Sizes in bytes.
-    MaskLoad { element: u8, vector: u8 },
+    MaskLoad {
+        element: u8,
+        vector: u8,
+    },
     /// The same to memory.
-    MaskStore { element: u8, vector: u8 },
+    MaskStore {
+        element: u8,
+        vector: u8,
+    },
     /// VGATHER*, VPGATHER*: sizes of elements and indices in bytes, number of elements.
-    Gather { element: u8, index: u8, count: u8 },
+    Gather {
+        element: u8,
+        index: u8,
+        count: u8,
+    },
 }
 
 impl Special {
@@ -94,14 +128,30 @@ impl Special {
             VEX_Vzeroall => Self::Vzeroall,
             Maskmovq_rDI_mm_mm => Self::MaskStoreMmx,
             Maskmovdqu_rDI_xmm_xmm | VEX_Vmaskmovdqu_rDI_xmm_xmm => Self::MaskStoreBytes,
-            VEX_Vmaskmovps_xmm_xmm_m128 | VEX_Vpmaskmovd_xmm_xmm_m128 => Self::MaskLoad { element: 4, vector: 16 },
-            VEX_Vmaskmovps_ymm_ymm_m256 | VEX_Vpmaskmovd_ymm_ymm_m256 => Self::MaskLoad { element: 4, vector: 32 },
-            VEX_Vmaskmovpd_xmm_xmm_m128 | VEX_Vpmaskmovq_xmm_xmm_m128 => Self::MaskLoad { element: 8, vector: 16 },
-            VEX_Vmaskmovpd_ymm_ymm_m256 | VEX_Vpmaskmovq_ymm_ymm_m256 => Self::MaskLoad { element: 8, vector: 32 },
-            VEX_Vmaskmovps_m128_xmm_xmm | VEX_Vpmaskmovd_m128_xmm_xmm => Self::MaskStore { element: 4, vector: 16 },
-            VEX_Vmaskmovps_m256_ymm_ymm | VEX_Vpmaskmovd_m256_ymm_ymm => Self::MaskStore { element: 4, vector: 32 },
-            VEX_Vmaskmovpd_m128_xmm_xmm | VEX_Vpmaskmovq_m128_xmm_xmm => Self::MaskStore { element: 8, vector: 16 },
-            VEX_Vmaskmovpd_m256_ymm_ymm | VEX_Vpmaskmovq_m256_ymm_ymm => Self::MaskStore { element: 8, vector: 32 },
+            VEX_Vmaskmovps_xmm_xmm_m128 | VEX_Vpmaskmovd_xmm_xmm_m128 => {
+                Self::MaskLoad { element: 4, vector: 16 }
+            }
+            VEX_Vmaskmovps_ymm_ymm_m256 | VEX_Vpmaskmovd_ymm_ymm_m256 => {
+                Self::MaskLoad { element: 4, vector: 32 }
+            }
+            VEX_Vmaskmovpd_xmm_xmm_m128 | VEX_Vpmaskmovq_xmm_xmm_m128 => {
+                Self::MaskLoad { element: 8, vector: 16 }
+            }
+            VEX_Vmaskmovpd_ymm_ymm_m256 | VEX_Vpmaskmovq_ymm_ymm_m256 => {
+                Self::MaskLoad { element: 8, vector: 32 }
+            }
+            VEX_Vmaskmovps_m128_xmm_xmm | VEX_Vpmaskmovd_m128_xmm_xmm => {
+                Self::MaskStore { element: 4, vector: 16 }
+            }
+            VEX_Vmaskmovps_m256_ymm_ymm | VEX_Vpmaskmovd_m256_ymm_ymm => {
+                Self::MaskStore { element: 4, vector: 32 }
+            }
+            VEX_Vmaskmovpd_m128_xmm_xmm | VEX_Vpmaskmovq_m128_xmm_xmm => {
+                Self::MaskStore { element: 8, vector: 16 }
+            }
+            VEX_Vmaskmovpd_m256_ymm_ymm | VEX_Vpmaskmovq_m256_ymm_ymm => {
+                Self::MaskStore { element: 8, vector: 32 }
+            }
             VEX_Vpgatherdd_xmm_vm32x_xmm | VEX_Vgatherdps_xmm_vm32x_xmm => gather(4, 4, 4),
             VEX_Vpgatherdd_ymm_vm32y_ymm | VEX_Vgatherdps_ymm_vm32y_ymm => gather(4, 4, 8),
             VEX_Vpgatherdq_xmm_vm32x_xmm | VEX_Vgatherdpd_xmm_vm32x_xmm => gather(8, 4, 2),

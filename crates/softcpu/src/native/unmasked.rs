@@ -7,8 +7,8 @@
 //! with the guest's masks, and the status is looked at right after it; a pending exception goes to memory with the whole
 //! state and waits there.
 
-use super::recipe::{Class, MemAccess};
 use super::Thunk;
+use super::recipe::{Class, MemAccess};
 use super::run::{Bounce, call, finish, linear, source};
 use crate::fault::{Res, vector};
 use crate::fpu::{Legacy, Vector, mxcsr};
@@ -150,13 +150,13 @@ struct Kept {
 
 impl Kept {
     fn of(cpu: &mut Cpu, op: &Op, t: &Thunk) -> Self {
-        let n = usize::from(op.dst / 8 & 15);
+        let n = usize::from((op.dst / 8) & 15);
         let x87 = t.x87.then(|| Box::new(cpu.fpu.x87_ref().clone()));
         Self { vector: cpu.fpu.vec[n], general: cpu.regs[n], implicit: (cpu.fpu.vec[0], cpu.regs[1]), x87 }
     }
 
     fn put_back(&self, cpu: &mut Cpu, op: &Op) {
-        let n = usize::from(op.dst / 8 & 15);
+        let n = usize::from((op.dst / 8) & 15);
         (cpu.fpu.vec[0], cpu.regs[1]) = self.implicit;
         cpu.fpu.vec[n] = self.vector;
         cpu.regs[n] = self.general;

@@ -75,6 +75,8 @@ impl Cpu {
             block.heat.set(FROZEN);
             return None;
         }
+        // The interpreter's last branch is not what leads to where translated code ends.
+        self.link = std::ptr::null();
         self.jit.key = self.translator_key();
         let key = self.jit.key;
         let t = self.code.translator.as_deref_mut()?;

@@ -15,6 +15,8 @@ pub const GS_BASE: u64 = DATA + 0x1800;
 /// Selectors of user code and stack, as Linux has them.
 pub const USER_CS: u16 = 0x33;
 pub const USER_SS: u16 = 0x2b;
+/// Selector of 32-bit user code.
+pub const USER32_CS: u16 = 0x23;
 /// Number of memory patterns to start from.
 pub const PATTERNS: usize = 64;
 /// Most bytes of code in a case.
@@ -68,6 +70,8 @@ pub struct Case {
     /// Instructions; INT3 follows.
     pub code: [u8; CODE_MAX],
     pub code_len: u32,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     /// Offset in the code page.
     pub entry: u32,
     pub regs: Regs,
@@ -87,6 +91,7 @@ impl Case {
         Self {
             code: [0xcc; CODE_MAX],
             code_len: 0,
+            bits: 64,
             entry: 0,
             regs: Regs::plain(),
             pattern: 0,
@@ -100,6 +105,11 @@ impl Case {
 
     pub fn bytes(&self) -> &[u8] {
         &self.code[..self.code_len as usize]
+    }
+
+    /// Selector of its code.
+    pub fn cs(&self) -> u16 {
+        if self.bits == 64 { USER_CS } else { USER32_CS }
     }
 
     /// Memory at `at` (offset in the data pages) as the case finds it.

@@ -5,7 +5,8 @@ use iced_x86::{Code, Decoder, DecoderOptions, Formatter, IntelFormatter, Mnemoni
 use std::fmt::Write;
 
 const NAMES: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
 ];
 
 /// Linear addresses from here on belong to the kernel, which reports faults there as protection faults whatever they
@@ -30,14 +31,14 @@ fn hex(b: &[u8]) -> String {
 
 /// The instruction at the start of a case.
 pub fn first_code(case: &Case) -> Code {
-    Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE).decode().code()
+    Decoder::with_ip(case.bits, case.bytes(), case.regs.rip, DecoderOptions::NONE).decode().code()
 }
 
 /// The instruction at `rip`, which a fault has reported.
 fn code_at(case: &Case, rip: u64) -> Code {
     let at = rip.wrapping_sub(case.regs.rip) as usize;
     match case.bytes().get(at..) {
-        Some(bytes) => Decoder::new(64, bytes, DecoderOptions::NONE).decode().code(),
+        Some(bytes) => Decoder::new(case.bits, bytes, DecoderOptions::NONE).decode().code(),
         None => Code::INVALID,
     }
 }
@@ -97,7 +98,8 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
     }
     let ignored = |n: usize| case.ignore.iter().any(|(at, len)| (n as u32).wrapping_sub(*at) < *len);
     if a.data != b.data {
-        let differing: Vec<usize> = (0..DATA_LEN).filter(|n| a.data[*n] != b.data[*n] && !ignored(*n)).collect();
+        let differing: Vec<usize> =
+            (0..DATA_LEN).filter(|n| a.data[*n] != b.data[*n] && !ignored(*n)).collect();
         for n in differing.iter().take(8) {
             d.push(format!("[{:#x}]: {:#04x} / {:#04x}", DATA + *n as u64, a.data[*n], b.data[*n]));
         }
@@ -111,7 +113,7 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
 /// The case, readable: instructions and everything that is not zero or usual.
 pub fn describe(case: &Case) -> String {
     let mut s = String::new();
-    let mut decoder = Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(case.bits, case.bytes(), case.regs.rip, DecoderOptions::NONE);
     let mut formatter = IntelFormatter::new();
     while decoder.can_decode() {
         let i = decoder.decode();

@@ -37,7 +37,8 @@ struct Child {
 
 impl<'a> Native<'a> {
     pub fn new(patterns: &'a Patterns) -> Self {
-        let shared = map(std::ptr::null_mut(), size_of::<Shared>(), libc::PROT_READ | libc::PROT_WRITE, 0, -1);
+        let shared =
+            map(std::ptr::null_mut(), size_of::<Shared>(), libc::PROT_READ | libc::PROT_WRITE, 0, -1);
         Self { patterns, shared: shared.cast(), child: None }
     }
 
@@ -135,7 +136,9 @@ fn map(at: *mut u8, len: usize, protection: i32, flags: i32, fd: i32) -> *mut u8
 fn spawn(patterns: &Patterns, shared: *mut Shared) -> Child {
     let (mut down, mut up) = ([0; 2], [0; 2]);
     // SAFETY: the arrays have room for two descriptors each.
-    let made = unsafe { libc::pipe2(down.as_mut_ptr(), libc::O_CLOEXEC) + libc::pipe2(up.as_mut_ptr(), libc::O_CLOEXEC) };
+    let made = unsafe {
+        libc::pipe2(down.as_mut_ptr(), libc::O_CLOEXEC) + libc::pipe2(up.as_mut_ptr(), libc::O_CLOEXEC)
+    };
     assert_eq!(made, 0, "pipe2: {}", std::io::Error::last_os_error());
     // SAFETY: everything the child needs is made before the fork, and it only makes system calls and copies.
     let worker = unsafe { Worker::prepare(patterns, shared) };
@@ -187,7 +190,11 @@ impl Worker {
         // SAFETY: the name is a literal; the file is sized before it is mapped.
         let fd = unsafe { libc::memfd_create(c"difftest-code".as_ptr(), libc::MFD_CLOEXEC) };
         // SAFETY: our own descriptor.
-        assert!(fd >= 0 && unsafe { libc::ftruncate(fd, 4096) } == 0, "memfd: {}", std::io::Error::last_os_error());
+        assert!(
+            fd >= 0 && unsafe { libc::ftruncate(fd, 4096) } == 0,
+            "memfd: {}",
+            std::io::Error::last_os_error()
+        );
         let code = map(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, 0, fd);
         // SAFETY: just mapped.
         unsafe { std::ptr::write_bytes(code, 0xcc, 4096) };
@@ -235,7 +242,14 @@ unsafe fn work(worker: WorkerPtr, from: i32, to: i32) -> ! {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         libc::setrlimit(libc::RLIMIT_CORE, &none);
         let fixed = libc::MAP_FIXED_NOREPLACE;
-        let code = libc::mmap(CODE as *mut _, 4096, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | fixed, (*w).code_fd, 0);
+        let code = libc::mmap(
+            CODE as *mut _,
+            4096,
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::MAP_SHARED | fixed,
+            (*w).code_fd,
+            0,
+        );
         must(code as u64 == CODE);
         let anon = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
@@ -246,7 +260,10 @@ unsafe fn work(worker: WorkerPtr, from: i32, to: i32) -> ! {
         must(libc::mprotect(READ_ONLY as *mut _, READ_ONLY_LEN, libc::PROT_READ) == 0);
         const ARCH_SET_GS: i32 = 0x1001;
         must(libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE) == 0);
-        let stack = libc::mmap(std::ptr::null_mut(), 1 << 17, rw, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+        // 32-bit code needs segments that can be used; 64-bit code does not care.
+        asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_SS), options(nostack, preserves_flags));
+        let stack =
+            libc::mmap(std::ptr::null_mut(), 1 << 17, rw, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
         must(stack != libc::MAP_FAILED);
         let alt = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: 1 << 17 };
         must(libc::sigaltstack(&alt, std::ptr::null_mut()) == 0);
@@ -274,6 +291,8 @@ unsafe fn work(worker: WorkerPtr, from: i32, to: i32) -> ! {
 const GREG: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
 const RIP: usize = 16;
 const EFLAGS: usize = 17;
+/// CS, GS, FS and SS, 16 bits each.
+const SELECTORS: usize = 18;
 const ERR: usize = 19;
 const TRAPNO: usize = 20;
 const CR2: usize = 22;
@@ -338,6 +357,7 @@ unsafe fn prepare(w: &mut Worker, case: &Case, gregs: &mut [i64; 23], fp: *mut u
         }
         gregs[RIP] = r.rip as i64;
         gregs[EFLAGS] = r.rflags as i64;
+        gregs[SELECTORS] = gregs[SELECTORS] & !0xffff | i64::from(case.cs());
         let put16 = |at: usize, v: u16| fp.add(at).cast::<u16>().write_unaligned(v);
         put16(0, r.fcw);
         put16(2, r.fsw);

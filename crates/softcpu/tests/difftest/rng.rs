@@ -161,11 +161,11 @@ impl Rng {
         let (mantissa, exponent) = match self.below(12) {
             0 => (0, 0),
             1 => (1 << 63, 0x3fff),
-            2 => (1 << 63, 0x7fff),                                  // infinity
-            3 => (3 << 62 | self.next() >> 2, 0x7fff),               // quiet NaN
-            4 => ((1 << 63) | self.next() >> 2 | 1, 0x7fff),         // signalling NaN
-            5 => (self.next() >> (1 + self.below(62)), 0),           // denormal
-            6 => (self.next() >> 1, self.below(0x8000)),             // unnormal
+            2 => (1 << 63, 0x7fff),                          // infinity
+            3 => (3 << 62 | self.next() >> 2, 0x7fff),       // quiet NaN
+            4 => ((1 << 63) | self.next() >> 2 | 1, 0x7fff), // signalling NaN
+            5 => (self.next() >> (1 + self.below(62)), 0),   // denormal
+            6 => (self.next() >> 1, self.below(0x8000)),     // unnormal
             7 => (self.integer() | 1 << 63, 0x3fff + self.below(64)),
             8 => (self.next() | 1 << 63, self.below(0x7fff)),
             _ => (self.next() | 1 << 63, 0x3ff0 + self.below(32)),

@@ -24,6 +24,8 @@ pub enum Family {
     Crypto,
     /// Control words, FXSAVE, XSAVE.
     State,
+    /// Everything, as 32-bit code in compatibility mode.
+    Compatibility,
 }
 
 /// CPUID bits (leaf, subleaf, register 0 to 3 = EAX to EDX, bit) and the instructions that they promise.
@@ -84,26 +86,88 @@ fn excluded(code: Code) -> bool {
     let m = code.mnemonic();
     let system = matches!(
         m,
-        Cpuid | Rdtsc | Rdtscp | Rdpmc | Rdpid | Rdrand | Rdseed | Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw
-            | Syscall | Sysenter | Int | Int1 | Int3 | Into | Iret | Iretd | Iretq | Retf | Xgetbv | Wrfsbase | Wrgsbase
-            | Rdfsbase | Lss | Lfs | Lgs | Lds | Les | Loadall | Umov | Ibts | Xbts | Frstpm | Fnstdw | Fnstsg | Xsaves
-            | Xsaves64 | Xrstors | Xrstors64 | Bound | Arpl | Ud0 | Ud1
+        Cpuid
+            | Rdtsc
+            | Rdtscp
+            | Rdpmc
+            | Rdpid
+            | Rdrand
+            | Rdseed
+            | Sgdt
+            | Sidt
+            | Sldt
+            | Str
+            | Smsw
+            | Lar
+            | Lsl
+            | Verr
+            | Verw
+            | Syscall
+            | Sysenter
+            | Int
+            | Int1
+            | Int3
+            | Into
+            | Iret
+            | Iretd
+            | Iretq
+            | Retf
+            | Xgetbv
+            | Wrfsbase
+            | Wrgsbase
+            | Rdfsbase
+            | Lss
+            | Lfs
+            | Lgs
+            | Lds
+            | Les
+            | Loadall
+            | Umov
+            | Ibts
+            | Xbts
+            | Frstpm
+            | Fnstdw
+            | Fnstsg
+            | Xsaves
+            | Xsaves64
+            | Xrstors
+            | Xrstors64
+            | Bound
+            | Arpl
+            | Ud0
+            | Ud1
     );
-    let far = format!("{code:?}").contains("ptr") || matches!(m, Jmp | Call) && format!("{code:?}").contains("m16");
+    let far =
+        format!("{code:?}").contains("ptr") || matches!(m, Jmp | Call) && format!("{code:?}").contains("m16");
     let loads_segment = matches!(
         code,
-        Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16 | Code::Popw_FS | Code::Popw_GS | Code::Popq_FS
-            | Code::Popq_GS | Code::Popd_FS | Code::Popd_GS
+        Code::Mov_Sreg_rm16
+            | Code::Mov_Sreg_r32m16
+            | Code::Mov_Sreg_r64m16
+            | Code::Popw_ES
+            | Code::Popd_ES
+            | Code::Popw_SS
+            | Code::Popd_SS
+            | Code::Popw_DS
+            | Code::Popd_DS
+            | Code::Popw_FS
+            | Code::Popw_GS
+            | Code::Popq_FS
+            | Code::Popq_GS
+            | Code::Popd_FS
+            | Code::Popd_GS
     );
     // BSWAP of a 16-bit register is undefined. So is 0F 0D with a register; and UD0 and UD1 have a ModRM byte or not, depending on who made the processor. Near branches with a 16-bit operand size differ between vendors.
     let reserved = format!("{code:?}").contains("0F0D");
-    let undefined = reserved || matches!(code, Code::Bswap_r16) || matches!(i.operand_size(), 16) && is_branch(m);
+    let undefined =
+        reserved || matches!(code, Code::Bswap_r16) || matches!(i.operand_size(), 16) && is_branch(m);
     system || far || loads_segment || undefined
 }
 
 fn is_branch(m: Mnemonic) -> bool {
     use Mnemonic::*;
-    matches!(m, Jmp | Call | Ret | Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz) || format!("{m:?}").starts_with('J')
+    matches!(m, Jmp | Call | Ret | Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz)
+        || format!("{m:?}").starts_with('J')
 }
 
 fn family(code: Code) -> Family {
@@ -112,7 +176,9 @@ fn family(code: Code) -> Family {
     let has = |list: &[CpuidFeature]| features.iter().any(|f| list.contains(f));
     let i = code.op_code();
     let m = format!("{:?}", code.mnemonic()).to_lowercase();
-    let state = ["fxsave", "fxrstor", "xsave", "xrstor", "fnstenv", "fldenv", "fnsave", "frstor", "ldmxcsr", "stmxcsr"];
+    let state = [
+        "fxsave", "fxrstor", "xsave", "xrstor", "fnstenv", "fldenv", "fnsave", "frstor", "ldmxcsr", "stmxcsr",
+    ];
     let state = state.iter().any(|s| m.contains(s)) || m.starts_with("vzero");
     match () {
         () if state => Family::State,
@@ -123,7 +189,9 @@ fn family(code: Code) -> Family {
         () if i.op_kinds().iter().any(|k| format!("{k:?}").starts_with("mm_")) || m == "emms" => Family::Mmx,
         () if m == "crc32" || m == "popcnt" => Family::Integer,
         () if has(&[SSE, SSE2, SSE3, SSSE3, SSE4_1, SSE4_2]) => Family::Sse,
-        () if i.op_kinds().iter().any(|k| matches!(format!("{k:?}").as_str(), "seg_rSI" | "es_rDI")) => Family::Strings,
+        () if i.op_kinds().iter().any(|k| matches!(format!("{k:?}").as_str(), "seg_rSI" | "es_rDI")) => {
+            Family::Strings
+        }
         () if i.is_stack_instruction() || is_branch(code.mnemonic()) => Family::Flow,
         () => Family::Integer,
     }
@@ -142,7 +210,7 @@ pub fn codes(wanted: Family) -> Vec<Code> {
         .filter(|c| {
             let i = c.op_code();
             i.is_instruction()
-                && i.mode64()
+                && if wanted == Family::Compatibility { i.mode32() } else { i.mode64() }
                 && matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
                 && c.cpuid_features().iter().all(|f| promised.contains(f))
                 // With a WAIT in front they are two instructions.
@@ -150,7 +218,7 @@ pub fn codes(wanted: Family) -> Vec<Code> {
                 && !i.must_be_cpl0()
                 && i.cpl3()
                 && !excluded(*c)
-                && family(*c) == wanted
+                && (wanted == Family::Compatibility || family(*c) == wanted)
         })
         .collect()
 }

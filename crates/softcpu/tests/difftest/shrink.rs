@@ -12,7 +12,7 @@ fn simpler(case: &Case) -> Vec<Case> {
         all.push(c);
     };
     // Instructions one by one.
-    let mut decoder = Decoder::with_ip(64, case.bytes(), case.regs.rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(case.bits, case.bytes(), case.regs.rip, DecoderOptions::NONE);
     let mut bounds = Vec::new();
     while decoder.can_decode() {
         let i = decoder.decode();

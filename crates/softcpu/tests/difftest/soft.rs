@@ -3,7 +3,9 @@
 
 use crate::case::*;
 use accel::state::{MpState, Segment, Table, gpr};
-use accel::{Accel, CpuIo, CpuSignals, CpuState, Exit, Kicker, LocalApic, MsrFault, Slot, Vcpu, VcpuConfig, Vm};
+use accel::{
+    Accel, CpuIo, CpuSignals, CpuState, Exit, Kicker, LocalApic, MsrFault, Slot, Vcpu, VcpuConfig, Vm,
+};
 use memory::{Backing, GuestMemory, Region};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -126,6 +128,7 @@ fn descriptor_tables(m: &GuestMemory) {
     put(GDT + 0x10, 0x00cf_9300_0000_ffff); // kernel data
     put(GDT + u64::from(USER_SS & !7), 0x00cf_f300_0000_ffff);
     put(GDT + u64::from(USER_CS & !7), 0x00af_fb00_0000_ffff);
+    put(GDT + u64::from(USER32_CS & !7), 0x00cf_fb00_0000_ffff);
     for v in 0..32 {
         let at = KERNEL + HANDLERS + v * 16;
         // OUT imm8, AL; JMP to itself.
@@ -153,7 +156,8 @@ fn template() -> CpuState {
         mp_state: MpState::Runnable,
         ..Default::default()
     };
-    s.segments = [null, code(USER_CS, 0xa0fb), code(USER_SS, 0xc0f3), null, null, null];
+    let data = code(USER_SS, 0xc0f3);
+    s.segments = [data, code(USER_CS, 0xa0fb), data, data, null, null];
     s.segments[accel::state::seg::GS].base = GS_BASE;
     s.gdtr = Table { base: KERNEL + GDT, limit: 0x3f };
     s.idtr = Table { base: KERNEL + IDT, limit: 0x1ff };
@@ -200,11 +204,13 @@ impl<'a> Soft<'a> {
         let r = &case.regs;
         s.gpr = r.gpr;
         s.rip = r.rip;
+        let cs = &mut s.segments[accel::state::seg::CS];
+        (cs.selector, cs.attributes) = (case.cs(), if case.bits == 64 { 0xa0fb } else { 0xc0fb });
         s.rflags = r.rflags;
         pack(r, &mut s.xsave);
     }
 
-    fn collect(&mut self, out: &mut Outcome) -> Result<(), String> {
+    fn collect(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
         let s = self.vcpu.save().map_err(|e| e.to_string())?;
         out.vector = self.io.vector.load(Ordering::Relaxed);
         let errors = has_error(out.vector);
@@ -216,8 +222,12 @@ impl<'a> Soft<'a> {
         let word = |n: u64| self.memory.read_obj::<u64>(frame + n * 8).unwrap();
         let first = u64::from(errors);
         out.error = if errors { word(0) as u32 } else { 0 };
-        if word(first + 1) as u16 != USER_CS || word(first + 4) as u16 != USER_SS {
-            return Err(format!("selectors in the frame are {:#x} and {:#x}", word(first + 1), word(first + 4)));
+        if word(first + 1) as u16 != case.cs() || word(first + 4) as u16 != USER_SS {
+            return Err(format!(
+                "selectors in the frame are {:#x} and {:#x}",
+                word(first + 1),
+                word(first + 4)
+            ));
         }
         let r = &mut out.regs;
         r.gpr = s.gpr;
@@ -236,8 +246,9 @@ impl<'a> Soft<'a> {
         if exit != Exit::Kicked || self.io.vector.load(Ordering::Relaxed) == u32::MAX {
             return Err(format!("left with {exit:?}"));
         }
-        let mut out = Box::new(Outcome { regs: Regs::plain(), vector: 0, error: 0, cr2: 0, data: [0; DATA_LEN] });
-        self.collect(&mut out)?;
+        let mut out =
+            Box::new(Outcome { regs: Regs::plain(), vector: 0, error: 0, cr2: 0, data: [0; DATA_LEN] });
+        self.collect(case, &mut out)?;
         Ok(out)
     }
 }

@@ -41,7 +41,7 @@ pub static DRIVER: Driver = Driver {
             name: "block_size",
             kind: OptionKind::Size,
             help: "Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.",
-            default: None,
+            default: Some("0"),
         },
         OptionSpec {
             name: "subformat",

@@ -26,7 +26,9 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     }
     let compat6 = options.take_bool("compat6")?.unwrap_or(false);
     let hardware_version = match (options.take("hwversion"), compat6) {
-        (Some(_), true) => return Err(Error::usage("compat6 cannot be enabled with hwversion set")),
+        (Some(version), true) if version != "undefined" => {
+            return Err(Error::usage("compat6 cannot be enabled with hwversion set"));
+        }
         (Some(version), false) if version != "undefined" => version,
         (_, true) => "6".into(),
         _ => "4".into(),

@@ -45,8 +45,11 @@ pub static DRIVER: Driver = Driver {
             OptionKind::Text,
             "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
         ),
-        option("compat6", OptionKind::Bool, "VMDK version 6 image"),
-        option("hwversion", OptionKind::Text, "VMDK hardware version"),
+        OptionSpec { default: Some("off"), ..option("compat6", OptionKind::Bool, "VMDK version 6 image") },
+        OptionSpec {
+            default: Some("undefined"),
+            ..option("hwversion", OptionKind::Text, "VMDK hardware version")
+        },
         option("toolsversion", OptionKind::Text, "VMware guest tools version"),
         option(
             "subformat",
