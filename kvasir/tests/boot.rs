@@ -1,4 +1,5 @@
 //! Boots an unmodified Debian kernel on the software CPU: boards, entry points, vCPUs, ends.
+#![allow(clippy::unwrap_used)] // a test that cannot set itself up may panic
 
 mod common;
 
@@ -12,7 +13,8 @@ const LIMIT: Duration = Duration::from_secs(300);
 fn boot(kernel: &str, test: &str, more: &[&str]) -> Run {
     let (kernel, initrd) = (guest(kernel), guest("initramfs.cpio"));
     let append = format!("console=ttyS0 quiet panic=-1 kvasir.test={test}");
-    let mut args = vec!["run", "--accel", "soft", "--kernel", &kernel, "--initrd", &initrd, "--append", &append];
+    let mut args =
+        vec!["run", "--accel", "soft", "--kernel", &kernel, "--initrd", &initrd, "--append", &append];
     args.extend(more);
     let mut command = kvasir(&args);
     command.stdin(Stdio::piped());
@@ -67,7 +69,8 @@ fn microvm_two_vcpus_bzimage() {
 fn ram_above_the_hole() {
     let end = boot("vmlinux", "report", &["--memory", "5G"]).finish();
     assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
-    let kib: u64 = end.stdout.split("MEM ").nth(1).and_then(|t| t.split_whitespace().next()).unwrap().parse().unwrap();
+    let kib: u64 =
+        end.stdout.split("MEM ").nth(1).and_then(|t| t.split_whitespace().next()).unwrap().parse().unwrap();
     assert!(kib > (4 << 20) + (1 << 19), "{kib} KiB");
 }
 

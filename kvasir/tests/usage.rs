@@ -1,4 +1,5 @@
 //! Bad input: one line that names the file or option and the remedy, exit status 2.
+#![allow(clippy::unwrap_used)] // a test that cannot set itself up may panic
 
 mod common;
 
@@ -64,7 +65,11 @@ fn machine_options() {
 fn accelerators() {
     let end = run(&["run", "--accel", "kwm", "--kernel", "/dev/null"]);
     assert_eq!(end.status, Some(2));
-    assert!(end.stderr.contains("unknown accelerator 'kwm'") && end.stderr.contains("'kvm'"), "{}", end.stderr);
+    assert!(
+        end.stderr.contains("unknown accelerator 'kwm'") && end.stderr.contains("'kvm'"),
+        "{}",
+        end.stderr
+    );
     let end = run(&["run", "--accel", "soft,cahce=1M", "--kernel", "/dev/null"]);
     assert_eq!(end.status, Some(2), "{}", end.stderr);
 }
@@ -95,4 +100,18 @@ fn doctor_prints_json() {
     let end = run(&["doctor", "--json"]);
     assert_eq!(end.status, Some(0), "{}", end.stderr);
     assert!(serde_json::from_str::<serde_json::Value>(&end.stdout).is_ok(), "{}", end.stdout);
+}
+
+#[test]
+fn the_image_tool_is_inside_and_answers_to_its_other_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.qcow2");
+    let image = image.to_str().unwrap();
+    let end = run(&["image", "create", "-f", "qcow2", image, "1G"]);
+    assert_eq!(end.status, Some(0), "{}", end.stderr);
+    let link = dir.path().join("qemu-img");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kvasir"), &link).unwrap();
+    let info = std::process::Command::new(link).args(["info", "--output=json", image]).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+    assert_eq!((&json["format"], &json["virtual-size"]), (&"qcow2".into(), &(1u64 << 30).into()));
 }

@@ -2,9 +2,9 @@
 
 mod event;
 mod limit;
+pub mod props;
 mod suggest;
 mod timer;
-pub mod props;
 pub mod tsc;
 
 pub use event::EventFd;

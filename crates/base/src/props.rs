@@ -93,8 +93,7 @@ impl Bag {
                 .map_err(|e| PropError(format!("{}: property '{key}': {e}", self.driver)))?;
             typed.insert(property.name.clone(), value);
         }
-        serde_json::from_value(Value::Object(typed))
-            .map_err(|e| PropError(format!("{}: {e}", self.driver)))
+        serde_json::from_value(Value::Object(typed)).map_err(|e| PropError(format!("{}: {e}", self.driver)))
     }
 }
 
@@ -314,7 +313,14 @@ fn property(name: &str, p: &Value, root: &Value) -> Property {
 }
 
 /// Gathers types and enumeration values through references and alternatives (`Option<T>`, documented enums).
-fn collect(p: &Value, root: &Value, types: &mut Vec<String>, choices: &mut Vec<String>, size: &mut bool, depth: u32) {
+fn collect(
+    p: &Value,
+    root: &Value,
+    types: &mut Vec<String>,
+    choices: &mut Vec<String>,
+    size: &mut bool,
+    depth: u32,
+) {
     if depth > 8 {
         return;
     }
@@ -338,7 +344,9 @@ fn collect(p: &Value, root: &Value, types: &mut Vec<String>, choices: &mut Vec<S
             types.push("string".into());
         }
     }
-    if let Some(target) = p.get("$ref").and_then(Value::as_str).and_then(|r| root.pointer(r.strip_prefix('#')?)) {
+    if let Some(target) =
+        p.get("$ref").and_then(Value::as_str).and_then(|r| root.pointer(r.strip_prefix('#')?))
+    {
         collect(target, root, types, choices, size, depth + 1);
     }
     for key in ["anyOf", "oneOf", "allOf"] {
@@ -380,7 +388,9 @@ mod tests {
 
     #[test]
     fn text_becomes_typed() {
-        let bag = Bag::parse("blk,id=d0,num_queues=0x4,read-only,buffer=2M,werror=stop,serial=a,,b", "driver").unwrap();
+        let bag =
+            Bag::parse("blk,id=d0,num_queues=0x4,read-only,buffer=2M,werror=stop,serial=a,,b", "driver")
+                .unwrap();
         assert_eq!((bag.driver.as_str(), bag.id.as_deref()), ("blk", Some("d0")));
         let spec: Spec = bag.spec().unwrap();
         let want = Spec {
@@ -402,7 +412,10 @@ mod tests {
         assert!(error("blk,xyzzy=2").contains("'blk,help' lists"));
         assert!(error("blk,read-only=maybe").contains("use on or off"));
         assert!(error("blk,werror=stopp").contains("did you mean 'stop'?"));
-        assert!(error("blk,num-queues=70000").contains("num-queues") || error("blk,num-queues=70000").contains("70000"));
+        assert!(
+            error("blk,num-queues=70000").contains("num-queues")
+                || error("blk,num-queues=70000").contains("70000")
+        );
         assert!(error("blk,a=1,a=2").contains("twice"));
         assert!(error("blk,id=9x").contains("invalid id"));
         assert!(error("").contains("missing driver"));

@@ -11,6 +11,17 @@ pub fn now() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
+/// Reads the host's TSC after everything before it in program order, so that what one thread reads and then
+/// publishes is never ahead of what another reads next.
+#[inline(always)]
+pub fn now_ordered() -> u64 {
+    // SAFETY: as in `now`; LFENCE is part of SSE2, which x86-64 includes.
+    unsafe {
+        std::arch::x86_64::_mm_lfence();
+        std::arch::x86_64::_rdtsc()
+    }
+}
+
 /// Frequency of the host's TSC in Hz, measured once a process.
 ///
 /// The kernel's own scale is read from a perf event page when it allows that (exact and instant), otherwise the

@@ -19,7 +19,9 @@ pub struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Not this device's state, or of a version it does not know.
-    #[error("state of {found} version {found_version} where {expected} version {expected_version} is expected")]
+    #[error(
+        "state of {found} version {found_version} where {expected} version {expected_version} is expected"
+    )]
     Mismatch {
         /// What the state says it is.
         found: String,

@@ -41,7 +41,9 @@ struct NoSpec {}
 pub(crate) fn file(path: PathBuf, append: bool) -> Result<Arc<dyn Chardev>, Failure> {
     let mut options = File::options();
     options.create(true).append(append).write(true).truncate(!append);
-    let file = options.open(&path).map_err(|e| Failure::usage(format!("cannot open '{}' for output: {e}", path.display())))?;
+    let file = options
+        .open(&path)
+        .map_err(|e| Failure::usage(format!("cannot open '{}' for output: {e}", path.display())))?;
     Ok(Arc::new(FileChardev(Mutex::new(file))))
 }
 
@@ -62,8 +64,12 @@ pub(crate) fn open(text: &str) -> Result<(String, Arc<dyn Chardev>), Failure> {
             file(spec.path, spec.append)?
         }
         other => {
-            let near = base::nearest(other, ["null", "file"]).map(|n| format!("; did you mean '{n}'?")).unwrap_or_default();
-            return Err(Failure::usage(format!("--chardev: unknown backend '{other}': use null or file{near}")));
+            let near = base::nearest(other, ["null", "file"])
+                .map(|n| format!("; did you mean '{n}'?"))
+                .unwrap_or_default();
+            return Err(Failure::usage(format!(
+                "--chardev: unknown backend '{other}': use null or file{near}"
+            )));
         }
     };
     Ok((id, chardev))

@@ -24,7 +24,11 @@ pub mod status {
 }
 
 #[derive(Parser)]
-#[command(name = "kvasir", version, about = "Virtual machines on KVM, and on a software CPU where there is none")]
+#[command(
+    name = "kvasir",
+    version,
+    about = "Virtual machines on KVM, and on a software CPU where there is none"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -33,7 +37,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a virtual machine in this terminal
-    Run(run::Args),
+    Run(Box<run::Args>),
+    /// Work on disk images: create, convert, check, resize, snapshot, serve... ("kvasir image --help")
+    // Listed here for the help; the program hands it to the image tool before it comes to this.
+    Image,
     /// Say what this host has and lacks for virtualization
     Doctor(doctor::Args),
 }
@@ -42,7 +49,8 @@ enum Command {
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     init_logs();
     let result = match Cli::parse_from(args).command {
-        Command::Run(args) => run::main(args),
+        Command::Run(args) => run::main(&args),
+        Command::Image => return image_is_elsewhere(),
         Command::Doctor(args) => doctor::main(&args),
     };
     match result {
@@ -52,6 +60,12 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             ExitCode::from(failure.status)
         }
     }
+}
+
+/// `image` where a global option stands before it.
+fn image_is_elsewhere() -> ExitCode {
+    eprintln!("kvasir: 'image' must be the first argument");
+    ExitCode::from(status::USAGE)
 }
 
 /// A message for the user and the exit status that goes with it.
@@ -87,7 +101,10 @@ fn init_logs() {
     let (filter, bad) = match std::env::var("KVASIR_LOG") {
         Ok(text) => match text.parse::<Targets>() {
             Ok(filter) => (filter, None),
-            Err(e) => (default, Some(format!("KVASIR_LOG={text}: {e}; use for example 'debug' or 'warn,bus=trace'"))),
+            Err(e) => (
+                default,
+                Some(format!("KVASIR_LOG={text}: {e}; use for example 'debug' or 'warn,bus=trace'")),
+            ),
         },
         Err(_) => (default, None),
     };

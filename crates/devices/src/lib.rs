@@ -4,4 +4,4 @@ pub mod chipset;
 mod model;
 pub mod virtio;
 
-pub use model::{CreateError, IsaDevice, Kind, Model, Parts, find_model, models};
+pub use model::{CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models};

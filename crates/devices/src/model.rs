@@ -66,11 +66,14 @@ pub struct IsaDevice {
     pub ports: (u16, u16),
 }
 
+/// Builds a virtio device from its properties.
+pub type CreateVirtio = fn(&Bag, &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, CreateError>;
+
 /// How a model is built and plugged.
 #[derive(Clone, Copy)]
 pub enum Kind {
     /// A virtio device; the machine wraps it in the transport the name says (`-pci`, or `-device` for virtio-mmio).
-    Virtio(fn(&Bag, &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, CreateError>),
+    Virtio(CreateVirtio),
     /// A device on ISA ports.
     Isa(fn(&Bag, &mut dyn Parts) -> Result<IsaDevice, CreateError>),
 }

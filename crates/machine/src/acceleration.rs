@@ -35,12 +35,17 @@ pub fn choose(bag: &Bag) -> Result<Acceleration> {
             no_options(bag)?;
             let probe = kvm::probe();
             if probe.usable() {
-                return Ok(Acceleration { accel: Arc::new(KvmAccel::open()?), reason: format!("KVM: {}", probe.reason) });
+                return Ok(Acceleration {
+                    accel: Arc::new(KvmAccel::open()?),
+                    reason: format!("KVM: {}", probe.reason),
+                });
             }
             Ok(Acceleration { accel: soft(bag)?, reason: format!("the software CPU: {}", probe.reason) })
         }
         other => {
-            let near = nearest(other, ["kvm", "soft", "auto", "tcg"]).map(|n| format!("did you mean '{n}'? ")).unwrap_or_default();
+            let near = nearest(other, ["kvm", "soft", "auto", "tcg"])
+                .map(|n| format!("did you mean '{n}'? "))
+                .unwrap_or_default();
             Err(Error::Config(format!("unknown accelerator '{other}': {near}use kvm, soft or auto")))
         }
     }

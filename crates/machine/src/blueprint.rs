@@ -73,7 +73,14 @@ pub struct MemorySpec {
 
 impl Default for MemorySpec {
     fn default() -> Self {
-        Self { size: 512 << 20, share: false, hugepages: false, hugepagesize: None, path: None, prealloc: false }
+        Self {
+            size: 512 << 20,
+            share: false,
+            hugepages: false,
+            hugepagesize: None,
+            path: None,
+            prealloc: false,
+        }
     }
 }
 

@@ -55,7 +55,8 @@ impl Drives {
         if self.taken.iter().any(|t| t == id) {
             return Err(CreateError::Other(format!("drive '{id}' is in use by another device")));
         }
-        let near = nearest(id, self.waiting.keys().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
+        let near =
+            nearest(id, self.waiting.keys().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
         Err(CreateError::Other(format!("there is no drive '{id}'{}", near.unwrap_or_default())))
     }
 }

@@ -151,7 +151,9 @@ impl Machine {
                     Exit::SystemEvent(SystemEvent::PowerOff) => break Outcome::PoweredOff,
                     Exit::SystemEvent(SystemEvent::Crash) => break Outcome::Panicked,
                     Exit::InternalError(text) => break Outcome::Broken(format!("vCPU {index}: {text}")),
-                    Exit::Debug(stop) => break Outcome::Broken(format!("vCPU {index}: unexpected debug stop {stop:?}")),
+                    Exit::Debug(stop) => {
+                        break Outcome::Broken(format!("vCPU {index}: unexpected debug stop {stop:?}"));
+                    }
                     Exit::Kicked => {}
                 },
                 Event::Stopped(index, Err(e)) => {

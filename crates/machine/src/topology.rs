@@ -58,17 +58,27 @@ impl Topology {
     /// # Errors
     /// Zeroes, a product that is not `cpus`, or more than [`MAX_VCPUS`].
     pub fn new(spec: &SmpSpec) -> Result<Self, String> {
-        for (name, value) in
-            [("cpus", spec.cpus), ("sockets", spec.sockets), ("dies", spec.dies), ("cores", spec.cores), ("threads", spec.threads)]
-        {
+        for (name, value) in [
+            ("cpus", spec.cpus),
+            ("sockets", spec.sockets),
+            ("dies", spec.dies),
+            ("cores", spec.cores),
+            ("threads", spec.threads),
+        ] {
             if value == Some(0) {
                 return Err(format!("invalid CPU topology: {name} must be at least 1"));
             }
             if value.is_some_and(|v| v > MAX_VCPUS) {
-                return Err(format!("{name}={} is more than supported; the maximum is {MAX_VCPUS} vCPUs", value.unwrap_or(0)));
+                return Err(format!(
+                    "{name}={} is more than supported; the maximum is {MAX_VCPUS} vCPUs",
+                    value.unwrap_or(0)
+                ));
             }
         }
-        let known = spec.sockets.unwrap_or(1) * spec.dies.unwrap_or(1) * spec.cores.unwrap_or(1) * spec.threads.unwrap_or(1);
+        let known = spec.sockets.unwrap_or(1)
+            * spec.dies.unwrap_or(1)
+            * spec.cores.unwrap_or(1)
+            * spec.threads.unwrap_or(1);
         let cpus = spec.cpus.unwrap_or(known);
         let rest = cpus / known.max(1);
         let mut t = Self {

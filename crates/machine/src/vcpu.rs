@@ -55,21 +55,23 @@ impl VcpuThread {
         });
         let kicker = vcpu.kicker();
         let mine = shared.clone();
-        let thread = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(1 << 20).spawn(move || {
-            while wait_for_work(&mine, vcpu.as_mut()) {
-                match vcpu.run(&*io) {
-                    Ok(Exit::Kicked) => {}
-                    stop => {
-                        let mut c = mine.lock();
-                        if c.wanted == Wanted::Run {
-                            c.wanted = Wanted::Park;
+        let thread = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(1 << 20).spawn(
+            move || {
+                while wait_for_work(&mine, vcpu.as_mut()) {
+                    match vcpu.run(&*io) {
+                        Ok(Exit::Kicked) => {}
+                        stop => {
+                            let mut c = mine.lock();
+                            if c.wanted == Wanted::Run {
+                                c.wanted = Wanted::Park;
+                            }
+                            drop(c);
+                            stopped(index, stop);
                         }
-                        drop(c);
-                        stopped(index, stop);
                     }
                 }
-            }
-        })?;
+            },
+        )?;
         Ok(Self { shared, kicker, thread: Some(thread) })
     }
 
@@ -94,7 +96,10 @@ impl VcpuThread {
     }
 
     /// Does something with the vCPU on its own thread; it must be asked to park first.
-    pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut dyn Vcpu) -> R + Send + 'static) -> Option<R> {
+    pub(crate) fn with<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut dyn Vcpu) -> R + Send + 'static,
+    ) -> Option<R> {
         let (tx, rx) = mpsc::channel();
         self.shared.lock().job = Some(Box::new(move |vcpu| {
             // The receiver waits below; it cannot be gone.

@@ -59,7 +59,9 @@ impl Backing {
                 "reserve huge pages, for example with 'sysctl vm.nr_hugepages=N' ({} pages), or use ordinary memory",
                 page_size.map_or("default-size".into(), format_size)
             ),
-            Backing::File { path, .. } => format!("check that '{}' exists, is writable and has room", path.display()),
+            Backing::File { path, .. } => {
+                format!("check that '{}' exists, is writable and has room", path.display())
+            }
             _ => "use less memory, or free some on the host (see 'free -h', 'ulimit -v')".into(),
         }
     }
@@ -229,7 +231,8 @@ impl Mapping {
         if offset.checked_add(len).is_none_or(|end| end > self.len as u64) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let advice = if self.file.is_some() || self.hugetlb { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        let advice =
+            if self.file.is_some() || self.hugetlb { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         // SAFETY: the range was checked to lie inside this mapping.
         let r = unsafe { libc::madvise(self.ptr.as_ptr().add(offset as usize).cast(), len as usize, advice) };
         if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

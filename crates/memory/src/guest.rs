@@ -62,7 +62,8 @@ pub struct GuestSlice<'a> {
 /// Whether all bytes are zero, 64 at a time.
 fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<64>();
-    let zero = |block: &[u8; 64]| block.as_chunks::<8>().0.iter().fold(0, |a, b| a | u64::from_ne_bytes(*b)) == 0;
+    let zero =
+        |block: &[u8; 64]| block.as_chunks::<8>().0.iter().fold(0, |a, b| a | u64::from_ne_bytes(*b)) == 0;
     blocks.iter().all(zero) && rest.iter().all(|b| *b == 0)
 }
 
@@ -131,7 +132,11 @@ impl GuestMemory {
     /// # Errors
     /// The host cannot provide the memory.
     pub fn new(layout: &Layout, backing: &Backing, prealloc: bool) -> Result<Self> {
-        let regions = layout.ranges.iter().map(|r| Region::new(r.start, r.len, backing, prealloc)).collect::<Result<Vec<_>>>()?;
+        let regions = layout
+            .ranges
+            .iter()
+            .map(|r| Region::new(r.start, r.len, backing, prealloc))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Self::from_regions(regions))
     }
 
@@ -389,9 +394,13 @@ mod tests {
 
     #[test]
     fn the_host_says_no() {
-        let e = GuestMemory::new(&Layout::pc(64 << 40, 2 << 30).unwrap(), &Backing::HugeTlb { page_size: Some(1 << 30) }, false)
-            .unwrap_err()
-            .to_string();
+        let e = GuestMemory::new(
+            &Layout::pc(64 << 40, 2 << 30).unwrap(),
+            &Backing::HugeTlb { page_size: Some(1 << 30) },
+            false,
+        )
+        .unwrap_err()
+        .to_string();
         assert!(e.contains("hugetlb") && e.contains("nr_hugepages"), "{e}");
     }
 }

@@ -28,13 +28,21 @@ impl Layout {
     /// [`Error::BadSize`] for less than 1 MiB, more than 64 TiB, or a size that is no multiple of a page.
     pub fn pc(size: u64, hole_start: u64) -> Result<Self, Error> {
         if size < 1 << 20 {
-            return Err(Error::BadSize(format!("memory size {} is too small: a PC needs at least 1 MiB", format_size(size))));
+            return Err(Error::BadSize(format!(
+                "memory size {} is too small: a PC needs at least 1 MiB",
+                format_size(size)
+            )));
         }
         if size > 1 << 46 {
-            return Err(Error::BadSize(format!("memory size {} is larger than the 64 TiB maximum", format_size(size))));
+            return Err(Error::BadSize(format!(
+                "memory size {} is larger than the 64 TiB maximum",
+                format_size(size)
+            )));
         }
         if !size.is_multiple_of(PAGE_SIZE) {
-            return Err(Error::BadSize(format!("memory size {size} bytes is not a multiple of the page size, {PAGE_SIZE} bytes")));
+            return Err(Error::BadSize(format!(
+                "memory size {size} bytes is not a multiple of the page size, {PAGE_SIZE} bytes"
+            )));
         }
         let low = size.min(hole_start);
         let mut ranges = vec![Range { start: 0, len: low }];
@@ -63,10 +71,7 @@ mod tests {
     #[test]
     fn large_memory_goes_around_the_hole() {
         let l = Layout::pc(4 << 30, 0x8000_0000).unwrap();
-        assert_eq!(
-            l.ranges,
-            [Range { start: 0, len: 2 << 30 }, Range { start: 4 << 30, len: 2 << 30 }]
-        );
+        assert_eq!(l.ranges, [Range { start: 0, len: 2 << 30 }, Range { start: 4 << 30, len: 2 << 30 }]);
         assert_eq!(l.total(), 4 << 30);
     }
 

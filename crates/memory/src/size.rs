@@ -10,7 +10,9 @@ use crate::Error;
 /// [`Error::BadSize`] with the text and what is accepted.
 pub fn parse_size(text: &str, default_suffix: char) -> Result<u64, Error> {
     let bad = || {
-        Error::BadSize(format!("invalid size '{text}': expected a number with an optional suffix K, M, G, T, P or E, such as 512M or 4G"))
+        Error::BadSize(format!(
+            "invalid size '{text}': expected a number with an optional suffix K, M, G, T, P or E, such as 512M or 4G"
+        ))
     };
     let s = text.trim();
     let (number, suffix) = match s.char_indices().last() {

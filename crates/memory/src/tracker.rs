@@ -108,7 +108,9 @@ impl PageTracker {
     /// Takes the dirty log: calls `f` with the page index of every page written since the last call, and forgets it.
     pub fn take_dirty(&self, mut f: impl FnMut(u64)) {
         for (i, page) in self.pages.iter().enumerate() {
-            if page.load(Ordering::Relaxed) & DIRTY != 0 && page.fetch_and(!DIRTY, Ordering::SeqCst) & DIRTY != 0 {
+            if page.load(Ordering::Relaxed) & DIRTY != 0
+                && page.fetch_and(!DIRTY, Ordering::SeqCst) & DIRTY != 0
+            {
                 f(i as u64);
             }
         }

@@ -26,7 +26,8 @@ impl FileView {
         // Not populated: faults map many pages at once, and what lies between the parts of use stays out.
         let flags = libc::MAP_PRIVATE;
         // SAFETY: a fresh read-only mapping at an address of the kernel's choice; the result is checked.
-        let ptr = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
+        let ptr =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
         if ptr == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

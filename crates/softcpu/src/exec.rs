@@ -49,7 +49,7 @@ impl Cpu {
                         self.stats.halts += 1;
                         self.mp_state = MpState::Halted;
                     }
-                    Request::Shadow => {
+                    Request::Shadow | Request::StackShadow => {
                         self.shadow = true;
                         self.update_mode();
                     }
@@ -217,10 +217,13 @@ impl Cpu {
 
     /// An instruction has completed in single-step mode.
     fn stepped(&mut self) -> Option<Exit> {
-        let shadow_ended = self.shadow;
         self.end_shadow();
         let mut bits = std::mem::take(&mut self.pending_db);
-        if self.step_armed {
+        if self.request == Request::StackShadow {
+            // Single-step traps of MOV SS are lost; data breakpoints wait for the end of the next instruction.
+            self.pending_db = bits;
+            bits = 0;
+        } else if self.step_armed {
             bits |= dr6::BS;
         }
         self.step_armed = false;
@@ -229,9 +232,7 @@ impl Cpu {
         }
         self.rf_loaded = false;
         self.update_mode();
-        // After MOV SS, debug traps wait for one more instruction.
-        if bits == 0 || self.request == Request::Shadow && !shadow_ended {
-            self.pending_db = bits & !dr6::BS;
+        if bits == 0 {
             return None;
         }
         self.take_exception(Exception { vector: vector::DB, dr6: bits, trap: true, ..Default::default() })

@@ -51,9 +51,27 @@ const MTRRS: u32 = 8;
 const FIXED_MTRRS: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 /// AMD configuration registers that systems read, and write back, without first asking whether they exist.
 const AMD_ZERO: [u32; 21] = [
-    0xc001_0000, 0xc001_0001, 0xc001_0002, 0xc001_0003, 0xc001_0004, 0xc001_0005, 0xc001_0006, 0xc001_0007,
-    0xc001_0010, 0xc001_001a, 0xc001_001d, 0xc001_001f, 0xc001_0055, 0xc001_0058, 0xc001_0112, 0xc001_0113,
-    0xc001_1020, 0xc001_1022, 0xc001_1023, 0xc001_1029, 0xc001_102a,
+    0xc001_0000,
+    0xc001_0001,
+    0xc001_0002,
+    0xc001_0003,
+    0xc001_0004,
+    0xc001_0005,
+    0xc001_0006,
+    0xc001_0007,
+    0xc001_0010,
+    0xc001_001a,
+    0xc001_001d,
+    0xc001_001f,
+    0xc001_0055,
+    0xc001_0058,
+    0xc001_0112,
+    0xc001_0113,
+    0xc001_1020,
+    0xc001_1022,
+    0xc001_1023,
+    0xc001_1029,
+    0xc001_102a,
 ];
 
 /// Model-specific registers that no other part of the state holds.
@@ -183,7 +201,8 @@ impl Cpu {
     /// The guest's time-stamp counter.
     #[inline]
     pub fn tsc(&self) -> u64 {
-        base::tsc::now().wrapping_add(self.msr.tsc_offset)
+        // Guests fence their RDTSC and expect time to agree between vCPUs.
+        base::tsc::now_ordered().wrapping_add(self.msr.tsc_offset)
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {

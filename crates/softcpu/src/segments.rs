@@ -264,7 +264,7 @@ impl Cpu {
     /// What follows an instruction that loaded a segment register: SS shields the next instruction from interrupts.
     pub(crate) fn after_segment_load(&mut self, s: usize) -> Next {
         if s == seg::SS {
-            self.request = Request::Shadow;
+            self.request = Request::StackShadow;
             return Next::REQUEST;
         }
         self.next_block()
@@ -337,13 +337,15 @@ impl Cpu {
         self.regs[4] = s.sp;
     }
 
-    /// After a return to an outer level: data segments that it may not use become null.
+    /// After a return to an outer level: data segments that it may not use become null. FS and GS keep their bases, which
+    /// matter to 64-bit code.
     pub(crate) fn drop_inner_segments(&mut self) {
         for s in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let g = self.seg[s];
             let conforming = g.attr & (attr::CODE | attr::EC) == attr::CODE | attr::EC;
             if g.usable() && g.dpl() < self.cpl && !conforming {
-                self.seg[s] = null(0);
+                self.seg[s].selector = 0;
+                self.seg[s].attr |= attr::UNUSABLE;
             }
         }
     }

@@ -195,8 +195,10 @@ pub enum Request {
     None,
     /// HLT: wait for an interrupt.
     Halt,
-    /// The next instruction runs before interrupts are looked at (STI, MOV SS, POP SS).
+    /// The next instruction runs before interrupts are looked at (STI).
     Shadow,
+    /// The same, and debug traps of this instruction wait as well (MOV SS, POP SS).
+    StackShadow,
 }
 
 /// Counters, kept by the vCPU alone and copied out for [`accel::Vm::stats`].

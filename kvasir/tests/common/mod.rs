@@ -14,7 +14,8 @@ pub const READY: &str = "KVASIR-GUEST-READY";
 pub fn guest(name: &str) -> String {
     let cache = std::env::var_os("KVASIR_CACHE").map(PathBuf::from).unwrap_or_else(|| {
         let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        base.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache")).join("kvasir")
+        base.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"))
+            .join("kvasir")
     });
     let path = cache.join("guest").join(name);
     assert!(path.exists(), "{} is missing: run 'cargo xtask guest'", path.display());
@@ -86,7 +87,12 @@ impl Run {
     /// Waits until the guest has printed `text`.
     pub fn wait_for(&mut self, text: &str) {
         while !self.stdout.contains(text) {
-            assert!(self.pump(), "ended without '{text}'\n--- stdout\n{}\n--- stderr\n{}", self.stdout, self.stderr);
+            assert!(
+                self.pump(),
+                "ended without '{text}'\n--- stdout\n{}\n--- stderr\n{}",
+                self.stdout,
+                self.stderr
+            );
         }
     }
 
@@ -130,7 +136,11 @@ impl Run {
     pub fn finish(mut self) -> Finished {
         while self.pump() {}
         let status = self.child.wait().expect("it was started").code();
-        Finished { status, stdout: std::mem::take(&mut self.stdout), stderr: std::mem::take(&mut self.stderr) }
+        Finished {
+            status,
+            stdout: std::mem::take(&mut self.stdout),
+            stderr: std::mem::take(&mut self.stderr),
+        }
     }
 }
 

@@ -95,14 +95,20 @@ impl Args {
         for text in &self.chardev {
             let (id, chardev) = chardev::open(text)?;
             if id == STDIO || all.insert(id.clone(), chardev).is_some() {
-                return Err(Failure::usage(format!("--chardev {text}: there is a character device '{id}' already")));
+                return Err(Failure::usage(format!(
+                    "--chardev {text}: there is a character device '{id}' already"
+                )));
             }
         }
         Ok(all)
     }
 
     /// The blueprint.
-    pub(super) fn blueprint(&self, chardevs: &mut Chardevs, stdio: &Arc<Stdio>) -> Result<Blueprint, Failure> {
+    pub(super) fn blueprint(
+        &self,
+        chardevs: &mut Chardevs,
+        stdio: &Arc<Stdio>,
+    ) -> Result<Blueprint, Failure> {
         chardevs.insert(STDIO.into(), stdio.clone() as Arc<dyn Chardev>);
         let mut blueprint = Blueprint {
             name: self.name.clone(),
@@ -123,12 +129,16 @@ impl Args {
             }
             Some(("chardev", id)) => blueprint.serials.push(id.into()),
             _ => {
-                return Err(Failure::usage(format!("--serial {}: use stdio, none, file:PATH or chardev:ID", self.serial)));
+                return Err(Failure::usage(format!(
+                    "--serial {}: use stdio, none, file:PATH or chardev:ID",
+                    self.serial
+                )));
             }
         }
         for (i, text) in self.disk.iter().enumerate() {
             let id = format!("disk{i}");
-            let mut bag = Bag { driver: "blockdev".into(), id: Some(id.clone()), props: parse_keyval(text, "file")? };
+            let mut bag =
+                Bag { driver: "blockdev".into(), id: Some(id.clone()), props: parse_keyval(text, "file")? };
             bag.spec::<BlockSpec>()?;
             bag.props.retain(|_, v| !v.is_null());
             blueprint.blockdevs.push(bag);

@@ -11,7 +11,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::sync::Arc;
 
-pub(crate) fn main(args: Args) -> Result<u8, Failure> {
+pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
     if let Some(text) = args.help_wanted()? {
         print!("{text}");
         return Ok(0);
@@ -29,7 +29,10 @@ pub(crate) fn main(args: Args) -> Result<u8, Failure> {
     let no_reboot = blueprint.no_reboot;
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
     let raw = if args.uses_terminal() {
-        RawMode::enter().map_err(|e| Failure { status: status::HOST, message: format!("cannot set up the terminal: {e}") })?
+        RawMode::enter().map_err(|e| Failure {
+            status: status::HOST,
+            message: format!("cannot set up the terminal: {e}"),
+        })?
     } else {
         None
     };
@@ -44,7 +47,10 @@ pub(crate) fn main(args: Args) -> Result<u8, Failure> {
                 Escape::Help => eprint!("{HELP}"),
                 Escape::Monitor => eprint!("\r\n(the monitor is not available in this version)\r\n"),
             })
-            .map_err(|e| Failure { status: status::HOST, message: format!("cannot read standard input: {e}") })?;
+            .map_err(|e| Failure {
+                status: status::HOST,
+                message: format!("cannot read standard input: {e}"),
+            })?;
     }
     watch_signals(remote, stdio)?;
     let outcome = machine.run();
@@ -62,14 +68,17 @@ pub(crate) fn main(args: Args) -> Result<u8, Failure> {
             debug_assert!(no_reboot);
             Ok(status::GUEST_RESET)
         }
-        Outcome::Panicked => Err(Failure { status: status::GUEST_PANIC, message: "the guest panicked".into() }),
+        Outcome::Panicked => {
+            Err(Failure { status: status::GUEST_PANIC, message: "the guest panicked".into() })
+        }
         Outcome::Broken(text) => Err(Failure { status: status::BROKEN, message: text }),
     }
 }
 
 /// Ends the machine in order when the user or the system ends us, and passes the window's size on.
 fn watch_signals(remote: machine::Remote, stdio: Arc<Stdio>) -> Result<(), Failure> {
-    let fail = |e: std::io::Error| Failure { status: status::HOST, message: format!("cannot handle signals: {e}") };
+    let fail =
+        |e: std::io::Error| Failure { status: status::HOST, message: format!("cannot handle signals: {e}") };
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGWINCH]).map_err(fail)?;
     std::thread::Builder::new()
         .name("signals".into())

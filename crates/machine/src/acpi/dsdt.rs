@@ -3,8 +3,8 @@
 use super::{AcpiConfig, HPET_BASE, Power, REDUCED_S5_SLEEP_TYPE, table};
 use crate::topology::Topology;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 use bus::pci::Route;
@@ -76,7 +76,11 @@ fn path(name: &str) -> Path {
 
 fn hid(id: &'static str) -> Raw {
     // PNP-style IDs (three letters, four digits) are compressed EISA IDs; others are strings.
-    if id.len() == 7 { aml(&Name::new(path("_HID"), &EISAName::new(id))) } else { aml(&Name::new(path("_HID"), &id)) }
+    if id.len() == 7 {
+        aml(&Name::new(path("_HID"), &EISAName::new(id)))
+    } else {
+        aml(&Name::new(path("_HID"), &id))
+    }
 }
 
 fn device<'a>(name: &str, id: &'static str, uid: u32, resources: Vec<&'a (dyn Aml + 'a)>) -> Raw {
@@ -98,7 +102,12 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
         sb.push(device(&format!("COM{}", i + 1), "PNP0501", i as u32 + 1, vec![&ports, &edge(s.gsi)]));
     }
     if config.i8042 {
-        sb.push(device("KBD_", "PNP0303", 0, vec![&IO::new(0x60, 0x60, 1, 1), &IO::new(0x64, 0x64, 1, 1), &edge(1)]));
+        sb.push(device(
+            "KBD_",
+            "PNP0303",
+            0,
+            vec![&IO::new(0x60, 0x60, 1, 1), &IO::new(0x64, 0x64, 1, 1), &edge(1)],
+        ));
         sb.push(device("MOU_", "PNP0F13", 0, vec![&edge(12)]));
     }
     if config.rtc {
@@ -148,7 +157,12 @@ fn event_device(gsi: u32) -> [Raw; 2] {
     let event = aml(&Method::new(path("_EVT"), 1, true, vec![&notify]));
     let ged = aml(&Device::new(
         path("GED_"),
-        vec![&hid("ACPI0013"), &Name::new(path("_UID"), &ZERO), &Name::new(path("_CRS"), &ResourceTemplate::new(vec![&edge(gsi)])), &event],
+        vec![
+            &hid("ACPI0013"),
+            &Name::new(path("_UID"), &ZERO),
+            &Name::new(path("_CRS"), &ResourceTemplate::new(vec![&edge(gsi)])),
+            &event,
+        ],
     ));
     [button, ged]
 }
@@ -162,7 +176,8 @@ fn pci_host(pci: &PciHost) -> Raw {
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
     let mmio32 = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, lo32, hi32, None);
     let mmio64 = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, lo64, hi64, None);
-    let resources = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &mmio32, &mmio64]);
+    let resources =
+        ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &mmio32, &mmio64]);
     let entry = |r: &Route| {
         let address = u32::from(r.slot) << 16 | 0xffff;
         aml(&Package::new(vec![&address, &r.pin, &ZERO, &r.gsi]))

@@ -1,7 +1,8 @@
 //! The fixed-format tables.
 
 use super::{
-    AcpiConfig, HPET_BASE, IOAPIC_BASE, LAPIC_BASE, OEM_ID, OEM_TABLE, PciHost, Power, RESET_PORT, RESET_VALUE, SCI_GSI, table,
+    AcpiConfig, HPET_BASE, IOAPIC_BASE, LAPIC_BASE, OEM_ID, OEM_TABLE, PciHost, Power, RESET_PORT,
+    RESET_VALUE, SCI_GSI, table,
 };
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -25,7 +26,8 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64, facs: Option<u64>) -> Vec<u8>
     const HAS_8042: u16 = 1 << 1;
     const NO_VGA: u16 = 1 << 2;
     const NO_CMOS_RTC: u16 = 1 << 5;
-    let port = |at: u16, bits: u8| GAS::new(AddressSpace::SystemIo, bits, 0, AccessSize::Undefined, u64::from(at));
+    let port =
+        |at: u16, bits: u8| GAS::new(AddressSpace::SystemIo, bits, 0, AccessSize::Undefined, u64::from(at));
     let mut f = FADTBuilder::new(OEM_ID, OEM_TABLE, 1).dsdt_64(dsdt);
     let mut arch = 0;
     if !config.serial.is_empty() || config.i8042 {
@@ -114,7 +116,8 @@ pub(super) fn madt(config: &AcpiConfig) -> Sdt {
     // Interrupt source overrides (5.2.12.5): where the timer is, and the SCI, level-triggered and active high.
     const ACTIVE_HIGH_LEVEL: u16 = 0xd;
     let timer = (config.timer_gsi != 0).then_some((0u8, config.timer_gsi, 0));
-    let sci = matches!(config.power, Power::Fixed { .. }).then_some((SCI_GSI as u8, SCI_GSI, ACTIVE_HIGH_LEVEL));
+    let sci =
+        matches!(config.power, Power::Fixed { .. }).then_some((SCI_GSI as u8, SCI_GSI, ACTIVE_HIGH_LEVEL));
     for (source, gsi, flags) in timer.into_iter().chain(sci) {
         let mut e = vec![2, 10, 0, source];
         e.extend(gsi.to_le_bytes());

@@ -1,7 +1,7 @@
 //! What boards have in common: interrupt controllers, legacy devices, plugging.
 
-use super::parts::Context;
 use super::Builder;
+use super::parts::Context;
 use crate::acpi::{HPET_BASE, SerialPort, VirtioMmio as AcpiVirtioMmio};
 use crate::{Error, Result};
 use base::props::Bag;
@@ -30,7 +30,14 @@ impl Builder {
     }
 
     /// Maps ports.
-    pub(super) fn ports<D: Device + 'static>(&self, device: &Arc<Mutex<D>>, start: u16, len: u16, name: &str, region: RegionId) -> Result<()> {
+    pub(super) fn ports<D: Device + 'static>(
+        &self,
+        device: &Arc<Mutex<D>>,
+        start: u16,
+        len: u16,
+        name: &str,
+        region: RegionId,
+    ) -> Result<()> {
         Ok(self.bus.map(Space::Port, start.into(), len.into(), name, device, region)?)
     }
 
@@ -40,7 +47,14 @@ impl Builder {
         self.ports(&device, 0x20, 2, "pic", IrqchipDevice::MASTER)?;
         self.ports(&device, 0xa0, 2, "pic", IrqchipDevice::SLAVE)?;
         self.ports(&device, 0x4d0, 2, "elcr", IrqchipDevice::ELCR)?;
-        self.bus.map(Space::Memory, IrqchipDevice::IOAPIC_ADDRESS, 0x1000, "ioapic", &device, IrqchipDevice::IOAPIC)?;
+        self.bus.map(
+            Space::Memory,
+            IrqchipDevice::IOAPIC_ADDRESS,
+            0x1000,
+            "ioapic",
+            &device,
+            IrqchipDevice::IOAPIC,
+        )?;
         Ok(())
     }
 
@@ -93,6 +107,7 @@ impl Builder {
         let model = find_model(&bag.driver)?;
         let mut context = Context {
             memory: &self.memory,
+            vcpus: self.acpi.topology.count(),
             timers: &self.timers,
             system: &self.system,
             drives: &mut self.drives,
@@ -104,18 +119,30 @@ impl Builder {
             Kind::Isa(create) => {
                 let isa = create(bag, &mut context)?;
                 let (start, len) = isa.ports;
-                self.bus.map_shared(Space::Port, start.into(), len.into(), model.name, isa.device.clone(), RegionId(0))?;
+                self.bus.map_shared(
+                    Space::Port,
+                    start.into(),
+                    len.into(),
+                    model.name,
+                    isa.device.clone(),
+                    RegionId(0),
+                )?;
                 self.devices.push(isa.device);
                 Ok(())
             }
             Kind::Virtio(create) => {
                 let device = create(bag, &mut context)?;
-                let platform =
-                    Platform { memory: self.memory.clone(), irqs: self.irqs.clone(), doorbells: self.vm.doorbells() };
+                let platform = Platform {
+                    memory: self.memory.clone(),
+                    irqs: self.irqs.clone(),
+                    doorbells: self.vm.doorbells(),
+                };
                 let suffix = bag.driver.strip_prefix(model.name).unwrap_or_default();
                 match (suffix, self.pci.clone()) {
                     ("-pci" | "", Some(pci)) => {
-                        let slot = pci.free_slot().ok_or_else(|| Error::Config(format!("no PCI slot is free for {}", bag.driver)))?;
+                        let slot = pci.free_slot().ok_or_else(|| {
+                            Error::Config(format!("no PCI slot is free for {}", bag.driver))
+                        })?;
                         let function = shared(VirtioPci::new(device, &platform));
                         pci.add(slot, 0, &function).map_err(|e| Error::Config(e.to_string()))
                     }
@@ -129,7 +156,12 @@ impl Builder {
         }
     }
 
-    fn plug_mmio(&mut self, name: &str, device: Box<dyn bus::virtio::VirtioDevice>, platform: &Platform) -> Result<()> {
+    fn plug_mmio(
+        &mut self,
+        name: &str,
+        device: Box<dyn bus::virtio::VirtioDevice>,
+        platform: &Platform,
+    ) -> Result<()> {
         if self.mmio_slots.is_empty() {
             return Err(Error::Config(format!("{name}: no virtio-mmio slot is free on this machine")));
         }

@@ -9,7 +9,13 @@ use crate::{Error, Result};
 use bus::RegionId;
 use devices::chipset::{LegacyLine, ReducedPower};
 
-pub(super) const BOARD: Board = Board { name: "microvm", about: "Minimal machine: virtio-mmio, ACPI without fixed hardware", product: "microvm", low_ram_end, build };
+pub(super) const BOARD: Board = Board {
+    name: "microvm",
+    about: "Minimal machine: virtio-mmio, ACPI without fixed hardware",
+    product: "microvm",
+    low_ram_end,
+    build,
+};
 
 /// Where QEMU's microvm has its transports.
 const MMIO_BASE: u64 = 0xfeb0_0000;
@@ -36,7 +42,10 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     b.ports(&power, POWER_PORT, ReducedPower::PORTS as u16, "acpi-reduced", RegionId(0))?;
     b.power_button = Some(Box::new(move || power.lock().unwrap_or_else(|e| e.into_inner()).power_button()));
     b.acpi.power = Power::Reduced { base: POWER_PORT, gsi: POWER_GSI };
-    b.mmio_slots =
-        MMIO_GSIS.iter().zip(0u64..).map(|(&gsi, i)| MmioSlot { base: MMIO_BASE + MMIO_STEP * i, gsi }).collect();
+    b.mmio_slots = MMIO_GSIS
+        .iter()
+        .zip(0u64..)
+        .map(|(&gsi, i)| MmioSlot { base: MMIO_BASE + MMIO_STEP * i, gsi })
+        .collect();
     b.serial_ports()
 }

@@ -90,7 +90,9 @@ pub(crate) struct Built {
 fn find(name: &str) -> Result<&'static Board> {
     BOARDS.iter().find(|b| b.name == name).ok_or_else(|| {
         let known = BOARDS.iter().map(|b| b.name).collect::<Vec<_>>();
-        let near = nearest(name, known.iter().copied()).map(|n| format!("; did you mean '{n}'?")).unwrap_or_default();
+        let near = nearest(name, known.iter().copied())
+            .map(|n| format!("; did you mean '{n}'?"))
+            .unwrap_or_default();
         Error::Config(format!("unknown machine '{name}': use {}{near}", known.join(" or ")))
     })
 }
@@ -119,7 +121,13 @@ pub(crate) fn build(
     let memory = GuestMemory::new(&layout, &blueprint.memory.backing()?, blueprint.memory.prealloc)?;
     let vm = accel.create_vm()?;
     for region in memory.regions() {
-        vm.map(Slot { gpa: region.start, len: region.len(), region: region.clone(), offset: 0, readonly: false })?;
+        vm.map(Slot {
+            gpa: region.start,
+            len: region.len(),
+            region: region.clone(),
+            offset: 0,
+            readonly: false,
+        })?;
     }
 
     let timers = Timers::new();
@@ -128,7 +136,8 @@ pub(crate) fn build(
     let (irqs, irqchip) = match vm.irqs() {
         Some(irqs) => (irqs, None),
         None => {
-            let cpus = topology.apic_ids().zip(&signals).map(|(apic_id, s)| ApicCpu { apic_id, signals: s.clone() });
+            let cpus =
+                topology.apic_ids().zip(&signals).map(|(apic_id, s)| ApicCpu { apic_id, signals: s.clone() });
             let chip = Irqchip::new(cpus.collect(), &clock);
             (chip.clone() as Arc<dyn Irqs>, Some(chip))
         }
@@ -145,7 +154,11 @@ pub(crate) fn build(
         chardevs,
         drives,
         serials: blueprint.serials.clone(),
-        acpi: AcpiConfig { topology, timer_gsi: if irqchip.is_some() { 2 } else { 0 }, ..AcpiConfig::default() },
+        acpi: AcpiConfig {
+            topology,
+            timer_gsi: if irqchip.is_some() { 2 } else { 0 },
+            ..AcpiConfig::default()
+        },
         reserved: Vec::new(),
         pci: None,
         windows: None,
@@ -289,7 +302,9 @@ impl Built {
         }
         let used = acpi::write(&self.acpi, &self.memory, ACPI_TABLES)?;
         if ACPI_TABLES + used > SMBIOS_TABLES {
-            return Err(Error::Config("the ACPI tables do not fit below 0xf0000: use fewer vCPUs or devices".into()));
+            return Err(Error::Config(
+                "the ACPI tables do not fit below 0xf0000: use fewer vCPUs or devices".into(),
+            ));
         }
         smbios::write(&self.smbios, &self.memory, SMBIOS_TABLES)?;
         self.write_reset_code()?;

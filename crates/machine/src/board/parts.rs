@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 pub(super) struct Context<'a> {
     pub(super) memory: &'a GuestMemory,
+    pub(super) vcpus: u32,
     pub(super) timers: &'a Timers,
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
@@ -29,6 +30,10 @@ impl Parts for Context<'_> {
         self.timers
     }
 
+    fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
     fn system(&self) -> &System {
         self.system
     }
@@ -36,7 +41,9 @@ impl Parts for Context<'_> {
     fn isa_irq(&mut self, irq: u8) -> Result<IrqLine, CreateError> {
         // 2 is where the second interrupt controller is.
         if irq >= 16 || irq == 2 {
-            return Err(CreateError::Other(format!("{irq} is not an ISA interrupt: use one of 0 to 15, but not 2")));
+            return Err(CreateError::Other(format!(
+                "{irq} is not an ISA interrupt: use one of 0 to 15, but not 2"
+            )));
         }
         let gsi = irq.into();
         Ok(self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).line())

@@ -9,8 +9,13 @@ use bus::pci::{ConfigPorts, Ecam, HostBridge, PciBus, Windows};
 use bus::{RegionId, Space};
 use devices::chipset::{AcpiPm, I8042, LegacyLine, Rtc, RtcBase, SystemPorts};
 
-pub(super) const BOARD: Board =
-    Board { name: "q35", about: "Standard PC with PCI Express (Q35 + ICH9)", product: "Standard PC (Q35 + ICH9, 2009)", low_ram_end, build };
+pub(super) const BOARD: Board = Board {
+    name: "q35",
+    about: "Standard PC with PCI Express (Q35 + ICH9)",
+    product: "Standard PC (Q35 + ICH9, 2009)",
+    low_ram_end,
+    build,
+};
 
 const ECAM_BASE: u64 = 0xb000_0000;
 /// Buses behind the host bridge: root ports have one each. Linux probes every slot of every bus that the MCFG names (with

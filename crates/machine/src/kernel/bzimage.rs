@@ -30,7 +30,12 @@ fn u32_at(b: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
 }
 
-pub(super) fn load(kernel: &Source<'_>, spec: &KernelSpec, memory: &GuestMemory, tables: &Tables) -> Result<Entry, KernelError> {
+pub(super) fn load(
+    kernel: &Source<'_>,
+    spec: &KernelSpec,
+    memory: &GuestMemory,
+    tables: &Tables,
+) -> Result<Entry, KernelError> {
     let mut head = [0u8; HEADER_END];
     if kernel.len < HEADER_END as u64 {
         return Err(kernel.image("this is neither an ELF file nor a bzImage: too short"));

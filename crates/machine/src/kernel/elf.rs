@@ -65,7 +65,9 @@ fn parse(kernel: &Source<'_>) -> Result<Header, KernelError> {
     };
     let want = if class64 { 56 } else { 32 };
     if phentsize != want || phnum == 0 || phnum > MAX_SEGMENTS {
-        return Err(kernel.image("the ELF file has no usable program headers: it is not an executable kernel"));
+        return Err(
+            kernel.image("the ELF file has no usable program headers: it is not an executable kernel")
+        );
     }
     let mut table = vec![0; want as usize * usize::from(phnum)];
     if phoff.checked_add(table.len() as u64).is_none_or(|end| end > kernel.len) {
@@ -77,24 +79,42 @@ fn parse(kernel: &Source<'_>) -> Result<Header, KernelError> {
         .map(|p| {
             let kind = number(p, 0, 4) as u32;
             let f = |at64: usize, at32: usize| if class64 { number(p, at64, 8) } else { number(p, at32, 4) };
-            Segment { kind, offset: f(8, 4), paddr: f(24, 12), file_len: f(32, 16), mem_len: f(40, 20), align: f(48, 28) }
+            Segment {
+                kind,
+                offset: f(8, 4),
+                paddr: f(24, 12),
+                file_len: f(32, 16),
+                mem_len: f(40, 20),
+                align: f(48, 28),
+            }
         })
         .collect();
     Ok(Header { class64, machine, entry, segments })
 }
 
-pub(super) fn load(kernel: &Source<'_>, spec: &KernelSpec, memory: &GuestMemory, tables: &Tables) -> Result<Entry, KernelError> {
+pub(super) fn load(
+    kernel: &Source<'_>,
+    spec: &KernelSpec,
+    memory: &GuestMemory,
+    tables: &Tables,
+) -> Result<Entry, KernelError> {
     let header = parse(kernel)?;
     let pvh_entry = pvh_note(kernel, &header)?;
     let mode = match (spec.entry, pvh_entry) {
         (None, Some(_)) => EntryMode::Pvh,
         (None, None) if header.class64 && header.machine == EM_X86_64 => EntryMode::Long,
-        (None, None) => return Err(kernel.image("a 32-bit ELF kernel without PVH note cannot be booted; give its bzImage")),
+        (None, None) => {
+            return Err(
+                kernel.image("a 32-bit ELF kernel without PVH note cannot be booted; give its bzImage")
+            );
+        }
         (Some(EntryMode::Pvh), None) => {
             return Err(kernel.image("it has no PVH note (build with CONFIG_PVH=y, or give the bzImage)"));
         }
         (Some(EntryMode::Protected), _) => return Err(kernel.image("entry=32 needs a bzImage")),
-        (Some(EntryMode::Long), _) if !header.class64 => return Err(kernel.image("entry=64 needs a 64-bit kernel")),
+        (Some(EntryMode::Long), _) if !header.class64 => {
+            return Err(kernel.image("entry=64 needs a 64-bit kernel"));
+        }
         (Some(mode), _) => mode,
     };
     let mut end = place::HIGH;
@@ -154,7 +174,8 @@ fn pvh_note(kernel: &Source<'_>, header: &Header) -> Result<Option<u64>, KernelE
         let align = if s.align == 8 { 8 } else { 4 };
         let mut at = 0usize;
         while at + 12 <= notes.len() {
-            let (name_len, desc_len, kind) = (number(&notes, at, 4), number(&notes, at + 4, 4), number(&notes, at + 8, 4));
+            let (name_len, desc_len, kind) =
+                (number(&notes, at, 4), number(&notes, at + 4, 4), number(&notes, at + 8, 4));
             if name_len > MAX_NOTES || desc_len > MAX_NOTES {
                 break;
             }
@@ -164,7 +185,8 @@ fn pvh_note(kernel: &Source<'_>, header: &Header) -> Result<Option<u64>, KernelE
             if desc + desc_len as usize > notes.len() {
                 break;
             }
-            if kind == PHYS32_ENTRY && notes[name..].starts_with(b"Xen\0") && (desc_len == 4 || desc_len == 8) {
+            if kind == PHYS32_ENTRY && notes[name..].starts_with(b"Xen\0") && (desc_len == 4 || desc_len == 8)
+            {
                 return Ok(Some(number(&notes, desc, desc_len as usize)));
             }
             at = next;

@@ -71,7 +71,9 @@ impl Entry {
         state.gdtr = Table { base: place::GDT, limit: 4 * 8 - 1 };
         // Null, unused, __BOOT_CS, __BOOT_DS: flat segments.
         let descriptor = |attributes: u32| -> u64 {
-            0x0000_ffff | (u64::from(attributes & 0xff) << 40) | (u64::from(attributes >> 8 & 0xf0 | 0xf) << 48)
+            0x0000_ffff
+                | (u64::from(attributes & 0xff) << 40)
+                | (u64::from(attributes >> 8 & 0xf0 | 0xf) << 48)
         };
         for (i, d) in [0, 0, descriptor(code), descriptor(DATA)].into_iter().enumerate() {
             memory.write_obj(place::GDT + 8 * i as u64, &d)?;

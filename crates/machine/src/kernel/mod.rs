@@ -147,9 +147,11 @@ impl<'a> Source<'a> {
     /// Reads exactly `buf.len()` bytes at `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), KernelError> {
         self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                self.image(format!("the file is truncated: {} bytes, needs {}", self.len, offset + buf.len() as u64))
-            }
+            io::ErrorKind::UnexpectedEof => self.image(format!(
+                "the file is truncated: {} bytes, needs {}",
+                self.len,
+                offset + buf.len() as u64
+            )),
             _ => self.error(e),
         })
     }
@@ -157,7 +159,11 @@ impl<'a> Source<'a> {
     /// Copies `len` bytes at `offset` of the file to guest memory.
     fn load(&self, offset: u64, len: u64, memory: &GuestMemory, gpa: u64) -> Result<(), KernelError> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(self.image(format!("the file is truncated: {} bytes, needs {}", self.len, offset.saturating_add(len))));
+            return Err(self.image(format!(
+                "the file is truncated: {} bytes, needs {}",
+                self.len,
+                offset.saturating_add(len)
+            )));
         }
         if len == 0 {
             return Ok(());
@@ -220,7 +226,13 @@ fn command_line(text: &str) -> Result<Vec<u8>, KernelError> {
 
 /// Loads the initramfs as high as possible below `limit` in low RAM, page-aligned, above `kernel_end`. Returns its
 /// address and length, `(0, 0)` if there is none.
-fn load_initrd(spec: &KernelSpec, memory: &GuestMemory, e820: &[E820], kernel_end: u64, limit: u64) -> Result<(u64, u64), KernelError> {
+fn load_initrd(
+    spec: &KernelSpec,
+    memory: &GuestMemory,
+    e820: &[E820],
+    kernel_end: u64,
+    limit: u64,
+) -> Result<(u64, u64), KernelError> {
     let Some(path) = &spec.initrd else { return Ok((0, 0)) };
     let source = Source::open("initrd", path)?;
     let ram_end = e820

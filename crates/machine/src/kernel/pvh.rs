@@ -40,7 +40,12 @@ struct MemmapEntry {
     reserved: u32,
 }
 
-pub(super) fn finish(memory: &GuestMemory, tables: &Tables, initrd: (u64, u64), ip: u64) -> Result<Entry, KernelError> {
+pub(super) fn finish(
+    memory: &GuestMemory,
+    tables: &Tables,
+    initrd: (u64, u64),
+    ip: u64,
+) -> Result<Entry, KernelError> {
     let count = tables.e820.len().min(MAX_MEMMAP);
     let info = StartInfo {
         magic: MAGIC,

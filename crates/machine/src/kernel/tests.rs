@@ -90,7 +90,11 @@ fn elf(machine: u16, pvh: Option<u32>) -> Vec<u8> {
 #[test]
 fn bzimage_is_entered_where_the_protocol_says() {
     let initrd = file(&[7; 5000]);
-    let spec = KernelSpec { initrd: Some(initrd.path().into()), append: "console=ttyS0".into(), ..Default::default() };
+    let spec = KernelSpec {
+        initrd: Some(initrd.path().into()),
+        append: "console=ttyS0".into(),
+        ..Default::default()
+    };
     let (entry, m) = boot(&bzimage(&[0x90; 4096]), spec.clone(), 64).unwrap();
     assert_eq!(entry, Entry::Long { ip: 0x100_0200, rsi: place::ZERO_PAGE });
     let page = |at: u64| m.read_obj::<u32>(place::ZERO_PAGE + at).unwrap();
@@ -103,7 +107,8 @@ fn bzimage_is_entered_where_the_protocol_says() {
     m.read(place::CMDLINE, &mut text).unwrap();
     assert_eq!(&text, b"console=ttyS0\0");
 
-    let (entry, _) = boot(&bzimage(&[0x90; 4096]), KernelSpec { entry: Some(EntryMode::Protected), ..spec }, 64).unwrap();
+    let (entry, _) =
+        boot(&bzimage(&[0x90; 4096]), KernelSpec { entry: Some(EntryMode::Protected), ..spec }, 64).unwrap();
     assert_eq!(entry, Entry::Protected { ip: 0x100_0000, esi: place::ZERO_PAGE, ebx: 0 });
 }
 

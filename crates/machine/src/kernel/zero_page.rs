@@ -46,7 +46,12 @@ impl ZeroPage {
     }
 
     /// Fills in what every entry needs and writes the page to its place.
-    pub(super) fn finish(mut self, memory: &GuestMemory, tables: &Tables, initrd: (u64, u64)) -> Result<u64, KernelError> {
+    pub(super) fn finish(
+        mut self,
+        memory: &GuestMemory,
+        tables: &Tables,
+        initrd: (u64, u64),
+    ) -> Result<u64, KernelError> {
         const UNDEFINED_LOADER: u8 = 0xff;
         const NORMAL_VIDEO: u16 = 0xffff;
         self.set_u16(field::VID_MODE, NORMAL_VIDEO);

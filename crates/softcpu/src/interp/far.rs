@@ -487,6 +487,8 @@ fn syscall(cpu: &mut Cpu, _op: &Op) -> Res<Next> {
         cpu.set_flags(f);
     }
     cpu.seg[seg::SS] = flat_data(selector.wrapping_add(8), 0);
+    // Whether there is a single-step trap depends on TF as it is now.
+    cpu.step_armed = cpu.flags & fl::TF != 0;
     cpu.update_mode();
     Ok(cpu.next_block())
 }
@@ -516,6 +518,10 @@ fn sysret<const WIDE: bool>(cpu: &mut Cpu, _op: &Op) -> Res<Next> {
     cpu.cpl = 3;
     cpu.set_flags(flags);
     cpu.update_mode();
+    if cpu.flags & fl::TF != 0 {
+        // The single-step trap comes at the end of SYSRET already.
+        return Err(cpu.raise_db(crate::exec::dr6::BS, true));
+    }
     Ok(cpu.next_block())
 }
 

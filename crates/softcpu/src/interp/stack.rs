@@ -318,7 +318,7 @@ impl Cpu {
 }
 
 fn stac(cpu: &mut Cpu, op: &Op) -> Res<()> {
-    if cpu.cr4 & cr::CR4_SMAP == 0 || cpu.cpl != 0 || cpu.mode.contains(Mode::REAL) && cpu.v86() {
+    if cpu.cpl != 0 {
         return Err(cpu.ud());
     }
     cpu.flags = cpu.flags & !fl::AC | op.imm;

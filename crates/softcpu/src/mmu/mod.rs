@@ -17,8 +17,8 @@ pub(crate) use mem::copy_out;
 pub use tlb::{Context, ExecEntry, NO_TAG, Privilege, SLOW, TLB_BITS, TLB_SIZE, Tlb, TlbEntry, info};
 pub use walk::{Walk, pf};
 
-use crate::state::Cpu;
 use crate::fault::Res;
+use crate::state::Cpu;
 use phys::PhysMap;
 use std::sync::Arc;
 

@@ -271,7 +271,14 @@ impl Translator {
 
     /// Translates the block at `ip`, whose code is at `host` (an address in a page of guest memory that is marked as code).
     /// `page` is a copy of that page. `None`: there is nothing to translate.
-    pub fn translate(&mut self, page: &[u8; 4096], ip: u64, host: usize, mode: Mode, global: bool) -> Option<u32> {
+    pub fn translate(
+        &mut self,
+        page: &[u8; 4096],
+        ip: u64,
+        host: usize,
+        mode: Mode,
+        global: bool,
+    ) -> Option<u32> {
         if self.full() {
             return None;
         }
@@ -303,7 +310,11 @@ impl Translator {
         }
         if std::env::var_os("JITDUMP").is_some() {
             let hex = |b: &[u8]| b.iter().map(|x| format!("{x:02x}")).collect::<String>();
-            eprintln!("BLOCK {ip:x} {} {base:x} {}", hex(&page[(ip & 0xfff) as usize..((scan.end - 1) & 0xfff) as usize + 1]), hex(&out.code));
+            eprintln!(
+                "BLOCK {ip:x} {} {base:x} {}",
+                hex(&page[(ip & 0xfff) as usize..((scan.end - 1) & 0xfff) as usize + 1]),
+                hex(&out.code)
+            );
         }
         self.put(at, &out.code);
         self.used = (at + out.code.len()).next_multiple_of(16);

@@ -5,7 +5,9 @@ use super::cache::{Fixed, Site, site};
 use super::layout::{CC, HOST, SIGNALS, VECTORS, gpr};
 use super::memory::Ea;
 use super::scan::{Inst, Kind, Scan};
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use iced_x86::{
+    Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
+};
 
 /// The instruction has a form that is left to the interpreter.
 #[derive(Debug)]
@@ -100,7 +102,14 @@ pub struct Emitted {
 
 impl<'a> Emitter<'a> {
     /// For a block at guest address `ip`, to be placed at `base`.
-    pub fn new(fixed: &'a Fixed, sites: &'a mut Vec<Site>, first_link: usize, ip: u64, base: u64, global: bool) -> Self {
+    pub fn new(
+        fixed: &'a Fixed,
+        sites: &'a mut Vec<Site>,
+        first_link: usize,
+        ip: u64,
+        base: u64,
+        global: bool,
+    ) -> Self {
         Self {
             asm: Asm { buf: Vec::with_capacity(2048), base },
             encoder: Encoder::new(64),
@@ -143,7 +152,8 @@ impl<'a> Emitter<'a> {
     fn instruction(&mut self, inst: &Inst) {
         let start = self.asm.here();
         self.start = start;
-        let (sites, stubs, links, slots) = (self.sites.len(), self.stubs.len(), self.links.len(), self.slots.len());
+        let (sites, stubs, links, slots) =
+            (self.sites.len(), self.stubs.len(), self.links.len(), self.slots.len());
         let (flags, vectors) = (self.flags, self.vectors);
         if self.try_instruction(inst).is_err() {
             self.asm.buf.truncate(start);
@@ -320,7 +330,9 @@ impl<'a> Emitter<'a> {
     /// Re-encodes an instruction whose operands are all explicit.
     fn generic(&mut self, inst: &Inst, align: u8, writes_rcx: bool) -> Done {
         let mut i = inst.i;
-        if (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Register && super::operand::is_high(i.op_register(k))) {
+        if (0..i.op_count())
+            .any(|k| i.op_kind(k) == OpKind::Register && super::operand::is_high(i.op_register(k)))
+        {
             return self.high_byte(inst);
         }
         let access = self.accesses(&i);
@@ -433,7 +445,11 @@ impl<'a> Emitter<'a> {
                 self.asm.bind(&from);
                 self.links[link].stub = self.asm.here();
                 self.asm.mov_imm(host::RCX, (self.first_link + link) as u64);
-                let to = if self.links[link].host_flags { self.fixed.exit_link_flags } else { self.fixed.exit_link };
+                let to = if self.links[link].host_flags {
+                    self.fixed.exit_link_flags
+                } else {
+                    self.fixed.exit_link
+                };
                 self.asm.jmp(to);
             }
             Stub::Poll { from, ip } => {

@@ -82,7 +82,8 @@ impl Emitter<'_> {
                 written[s] |= writes;
                 s as u8
             };
-            names[k as usize] = if is_high(r) { Register::AH + u32::from(h) } else { host_register(h, r.size()) };
+            names[k as usize] =
+                if is_high(r) { Register::AH + u32::from(h) } else { host_register(h, r.size()) };
         }
         for (s, n) in copies.iter().enumerate() {
             if let Some(n) = n {
@@ -117,7 +118,9 @@ impl Emitter<'_> {
         let wide = size == 8;
         let d = HOST[n].unwrap_or(host::RAX);
         // Segment overrides do not matter.
-        if i.memory_base() == Register::RIP || i.memory_base() == Register::None && i.memory_index() == Register::None {
+        if i.memory_base() == Register::RIP
+            || i.memory_base() == Register::None && i.memory_index() == Register::None
+        {
             let v = i.memory_displacement64();
             self.asm.mov_imm(d, if wide { v } else { v & 0xffff_ffff });
         } else {

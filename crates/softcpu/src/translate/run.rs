@@ -1,9 +1,9 @@
 //! In and out of translated code, and what its slow paths call.
 #![allow(unsafe_code)] // calls generated code, which calls back with a pointer to the vCPU
 
+use super::FROZEN;
 use super::cache::{Translator, site};
 use super::stubs::exit;
-use super::FROZEN;
 use crate::SoftSpec;
 use crate::block::Block;
 use crate::mmu::PAGE_MASK;
@@ -160,7 +160,11 @@ impl Cpu {
                 exit::LOOKUP => (None, argument),
                 exit::AT | exit::POLL => {
                     if let Some(t) = self.code.translator.as_deref_mut() {
-                        *(if why == exit::AT { &mut t.counters.exit_at } else { &mut t.counters.exit_poll }) += 1;
+                        *(if why == exit::AT {
+                            &mut t.counters.exit_at
+                        } else {
+                            &mut t.counters.exit_poll
+                        }) += 1;
                     }
                     self.rip = argument;
                     return Next::LOOKUP;

@@ -1,7 +1,7 @@
 //! Finds the instructions of a block, what to do with each, and which arithmetic flags are live after it.
 
-use crate::native::recipe::{Class, recipe};
 use crate::native::Special;
+use crate::native::recipe::{Class, recipe};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 /// All arithmetic flags, in the bits of `iced_x86::RflagsBits`.
@@ -170,7 +170,9 @@ fn normalise(i: &mut Instruction) {
 fn host_can(i: &Instruction) -> bool {
     use iced_x86::CpuidFeature::*;
     i.code().cpuid_features().iter().all(|f| match f {
-        INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | MULTIBYTENOP | SSE2 | SSE => true,
+        INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | MULTIBYTENOP | SSE2 | SSE => {
+            true
+        }
         POPCNT => std::arch::is_x86_feature_detected!("popcnt"),
         LZCNT => std::arch::is_x86_feature_detected!("lzcnt"),
         BMI1 => std::arch::is_x86_feature_detected!("bmi1"),
@@ -191,7 +193,11 @@ fn classify(i: &Instruction) -> Kind {
     match i.flow_control() {
         FlowControl::Next => {}
         FlowControl::ConditionalBranch => {
-            return if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 { Kind::Jcc } else { Kind::Stop };
+            return if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 {
+                Kind::Jcc
+            } else {
+                Kind::Stop
+            };
         }
         FlowControl::UnconditionalBranch if i.op0_kind() == OpKind::NearBranch64 => return Kind::Jmp,
         FlowControl::Call if i.op0_kind() == OpKind::NearBranch64 => return Kind::Call,
@@ -207,7 +213,10 @@ fn classify(i: &Instruction) -> Kind {
         if narrow(i.memory_base()) || narrow(i.memory_index()) || i.memory_base() == Register::EIP {
             return Kind::Interpret;
         }
-        if i.memory_base() == Register::None && i.memory_index() == Register::None && i.memory_displ_size() == 4 {
+        if i.memory_base() == Register::None
+            && i.memory_index() == Register::None
+            && i.memory_displ_size() == 4
+        {
             return Kind::Interpret;
         }
     }
@@ -226,15 +235,17 @@ fn classify(i: &Instruction) -> Kind {
         Lea => Kind::Lea,
         Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr if i.op1_kind() == OpKind::Register => Kind::ShiftCl,
         Shld | Shrd if i.op2_kind() == OpKind::Register => Kind::ShiftCl,
-        Mov | Movzx | Movsx | Movsxd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Not | Neg | Inc | Dec | Shl
-        | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt | Bswap | Xchg | Xadd
-        | Movbe | Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi | Pdep | Pext | Rorx | Sarx | Shlx | Shrx | Adcx | Adox
-        | Crc32 | Movnti | Cmc | Stc | Clc => generic(true),
+        Mov | Movzx | Movsx | Movsxd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Not | Neg
+        | Inc | Dec | Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd | Bsf | Bsr | Tzcnt
+        | Lzcnt | Popcnt | Bswap | Xchg | Xadd | Movbe | Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi
+        | Pdep | Pext | Rorx | Sarx | Shlx | Shrx | Adcx | Adox | Crc32 | Movnti | Cmc | Stc | Clc => {
+            generic(true)
+        }
         Bt | Bts | Btr | Btc => generic(!has_register_bit_offset(i)),
-        Cmova | Cmovae | Cmovb | Cmovbe | Cmove | Cmovg | Cmovge | Cmovl | Cmovle | Cmovne | Cmovno | Cmovnp | Cmovns
-        | Cmovo | Cmovp | Cmovs => generic(true),
-        Seta | Setae | Setb | Setbe | Sete | Setg | Setge | Setl | Setle | Setne | Setno | Setnp | Setns | Seto | Setp
-        | Sets => generic(true),
+        Cmova | Cmovae | Cmovb | Cmovbe | Cmove | Cmovg | Cmovge | Cmovl | Cmovle | Cmovne | Cmovno
+        | Cmovnp | Cmovns | Cmovo | Cmovp | Cmovs => generic(true),
+        Seta | Setae | Setb | Setbe | Sete | Setg | Setge | Setl | Setle | Setne | Setno | Setnp | Setns
+        | Seto | Setp | Sets => generic(true),
         Imul if i.op_count() > 1 => generic(true),
         Imul | Mul => Kind::Mul,
         Div if !matches!(i.code(), Code::Div_rm8) => Kind::Div,
@@ -242,8 +253,18 @@ fn classify(i: &Instruction) -> Kind {
         Mulx => generic(true),
         Cmpxchg => Kind::Cmpxchg,
         Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo => Kind::Extend,
-        Push if matches!(i.code(), Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_rm64) => Kind::Push,
-        Pop if i.code() == Code::Pop_r64 || i.code() == Code::Pop_rm64 && i.op0_kind() == OpKind::Register => Kind::Pop,
+        Push if matches!(
+            i.code(),
+            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_rm64
+        ) =>
+        {
+            Kind::Push
+        }
+        Pop if i.code() == Code::Pop_r64
+            || i.code() == Code::Pop_rm64 && i.op0_kind() == OpKind::Register =>
+        {
+            Kind::Pop
+        }
         Leave if i.code() == Code::Leaveq => Kind::Leave,
         Cli => Kind::Cli,
         _ => vector(i),
@@ -388,7 +409,8 @@ mod tests {
     #[test]
     fn flags_that_a_later_instruction_overwrites_are_dead() {
         // add eax, ebx; mov ecx, [rdx]; cmp eax, ecx; jb +0; xor eax, eax; ret
-        let s = scan(&page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]), 0x1000, false);
+        let s =
+            scan(&page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]), 0x1000, false);
         assert_eq!(s.insts.len(), 6);
         assert_eq!(s.insts[0].live_out, 0);
         assert_eq!(s.insts[1].live_in(), 0);

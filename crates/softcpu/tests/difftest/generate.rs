@@ -2,7 +2,9 @@
 
 use crate::case::*;
 use crate::rng::Rng;
-use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind, Register,
+};
 
 pub const RCX: usize = 1;
 pub const RDX: usize = 2;
@@ -55,14 +57,18 @@ impl<'a> Generator<'a> {
         draft.case.bits = self.bits;
         draft.registers();
         let mut undefined = 0u32;
+        let mut written = Vec::new();
+        let mut factory = InstructionInfoFactory::new();
         for (n, code) in codes.iter().enumerate() {
             let last = n + 1 == codes.len();
             let at = draft.case.code_len as usize;
             let ip = CODE + u64::from(draft.case.entry) + at as u64;
             let (i, bytes) = draft.instruction(*code, ip)?;
-            // What may differ must not be read by what follows.
-            let compared = last || draft.case.ignore[0].1 == 0;
-            if !compared
+            // What may differ must be where it is thought to be, and must not be read by what follows.
+            let ignoring = draft.case.ignore[0].1 != 0;
+            let moved =
+                [i.memory_base(), i.memory_index()].iter().any(|r| written.contains(&r.full_register()));
+            if ignoring && (!last || moved)
                 || at + bytes.len() > CODE_MAX
                 || !last && may_leave_undefined(&i)
                 || flags(i.rflags_read()) & undefined != 0
@@ -81,6 +87,10 @@ impl<'a> Generator<'a> {
             }
             undefined |= flags(i.rflags_undefined());
             draft.case.undefined |= undefined;
+            let used = factory.info(&i).used_registers();
+            written.extend(
+                used.iter().filter(|u| u.access() != OpAccess::Read).map(|u| u.register().full_register()),
+            );
         }
         if draft.rng.chance(2) && draft.case.ignore[0].1 == 0 {
             // At the end of the page: what follows cannot be fetched; or not even the instruction can, whole.

@@ -12,6 +12,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod case;
+#[path = "../common/mod.rs"]
+mod common;
 mod compare;
 mod generate;
 mod native;

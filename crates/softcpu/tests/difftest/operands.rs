@@ -18,7 +18,9 @@ impl Draft<'_> {
     fn register(&mut self, k: K) -> Option<Register> {
         let n = self.rng.below(self.count()) as u32;
         Some(match k {
-            K::r8_or_mem | K::r8_reg | K::r8_opcode => Register::AL + self.rng.below(if self.wide() { 20 } else { 8 }) as u32,
+            K::r8_or_mem | K::r8_reg | K::r8_opcode => {
+                Register::AL + self.rng.below(if self.wide() { 20 } else { 8 }) as u32
+            }
             K::r16_or_mem | K::r16_reg | K::r16_reg_mem | K::r16_rm | K::r16_opcode => Register::AX + n,
             K::r32_or_mem | K::r32_reg | K::r32_reg_mem | K::r32_rm | K::r32_opcode | K::r32_vvvv => {
                 Register::EAX + n

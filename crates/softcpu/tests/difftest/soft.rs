@@ -2,13 +2,10 @@
 //! same addresses, and a kernel of one instruction per exception that tells which one it was.
 
 use crate::case::*;
+use crate::common::{Bare, NONE};
 use accel::state::{MpState, Segment, Table, gpr};
-use accel::{
-    Accel, CpuIo, CpuSignals, CpuState, Exit, Kicker, LocalApic, MsrFault, Slot, Vcpu, VcpuConfig, Vm,
-};
-use memory::{Backing, GuestMemory, Region};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use accel::{CpuState, Exit};
+use memory::GuestMemory;
 
 /// Guest RAM.
 const RAM: u64 = 1 << 20;
@@ -35,72 +32,10 @@ const KERNEL_CS: u16 = 0x08;
 pub struct Soft<'a> {
     name: &'static str,
     patterns: &'a Patterns,
-    memory: GuestMemory,
-    vcpu: Box<dyn Vcpu>,
-    io: Io,
+    bare: Bare,
     template: CpuState,
     /// Where the code page was last written.
     written: (usize, usize),
-    _vm: Arc<dyn Vm>,
-}
-
-struct Io {
-    vector: AtomicU32,
-    kicker: Kicker,
-}
-
-impl CpuIo for Io {
-    fn port_in(&self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn port_out(&self, port: u16, _data: &[u8]) {
-        self.vector.store(u32::from(port), Ordering::Relaxed);
-        self.kicker.kick();
-    }
-
-    fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
-}
-
-/// A local APIC that never interrupts.
-struct Silent;
-
-impl LocalApic for Silent {
-    fn has_interrupt(&self) -> bool {
-        false
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn base(&self) -> u64 {
-        0xfee0_0900
-    }
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-    fn write(&self, _offset: u64, _data: &[u8]) {}
-    fn read_msr(&self, _msr: u32) -> Result<u64, MsrFault> {
-        Ok(self.base())
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> Result<(), MsrFault> {
-        Ok(())
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn set_tsc_offset(&self, _offset: u64) {}
-    fn init(&self) {}
-    fn save(&self) -> Vec<u8> {
-        vec![0; 1024]
-    }
-    fn load(&self, _page: &[u8]) -> accel::Result<()> {
-        Ok(())
-    }
 }
 
 fn page_tables(m: &GuestMemory) {
@@ -170,29 +105,17 @@ fn template() -> CpuState {
 impl<'a> Soft<'a> {
     /// A fresh VM.
     pub fn new(name: &'static str, patterns: &'a Patterns, spec: softcpu::SoftSpec) -> Self {
-        let soft = softcpu::SoftAccel::new(spec).unwrap();
-        let vm = soft.create_vm().unwrap();
-        let region = Region::new(0, RAM, &Backing::Anonymous, false).unwrap();
-        let memory = GuestMemory::from_regions(vec![region.clone()]);
-        page_tables(&memory);
-        descriptor_tables(&memory);
+        let bare = Bare::new(RAM, spec);
+        let memory = &bare.memory;
+        page_tables(memory);
+        descriptor_tables(memory);
         memory.fill(CODE_PAGE, 4096, 0xcc).unwrap();
         memory.write(DATA_PAGES + DATA_LEN as u64, &patterns.get(1)[..READ_ONLY_LEN]).unwrap();
-        vm.map(Slot { gpa: 0, len: RAM, region, offset: 0, readonly: false }).unwrap();
-        let config = VcpuConfig {
-            index: 0,
-            apic_id: 0,
-            cpuid: soft.supported_cpuid().unwrap(),
-            signals: Arc::new(CpuSignals::new()),
-            apic: Some(Arc::new(Silent)),
-        };
-        let vcpu = vm.vcpu(config).unwrap();
-        let io = Io { vector: AtomicU32::new(u32::MAX), kicker: vcpu.kicker() };
-        Self { name, patterns, memory, vcpu, io, template: template(), written: (0, 0), _vm: vm }
+        Self { name, patterns, bare, template: template(), written: (0, 0) }
     }
 
     fn prepare(&mut self, case: &Case) {
-        let m = &self.memory;
+        let m = &self.bare.memory;
         let (at, len) = self.written;
         m.fill(CODE_PAGE + at as u64, len as u64, 0xcc).unwrap();
         m.write(CODE_PAGE + u64::from(case.entry), case.bytes()).unwrap();
@@ -211,15 +134,15 @@ impl<'a> Soft<'a> {
     }
 
     fn collect(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
-        let s = self.vcpu.save().map_err(|e| e.to_string())?;
-        out.vector = self.io.vector.load(Ordering::Relaxed);
+        let s = self.bare.vcpu.save().map_err(|e| e.to_string())?;
+        out.vector = self.bare.ports.last();
         let errors = has_error(out.vector);
         // The frame that the exception pushed: error code, RIP, CS, RFLAGS, RSP, SS.
         let frame = STACK_TOP - if errors { 48 } else { 40 };
         if s.gpr[gpr::RSP] != KERNEL + frame {
             return Err(format!("kernel stack pointer is {:#x}", s.gpr[gpr::RSP]));
         }
-        let word = |n: u64| self.memory.read_obj::<u64>(frame + n * 8).unwrap();
+        let word = |n: u64| self.bare.memory.read_obj::<u64>(frame + n * 8).unwrap();
         let first = u64::from(errors);
         out.error = if errors { word(0) as u32 } else { 0 };
         if word(first + 1) as u16 != case.cs() || word(first + 4) as u16 != USER_SS {
@@ -234,16 +157,16 @@ impl<'a> Soft<'a> {
         (r.rip, r.rflags, r.gpr[gpr::RSP]) = (word(first), word(first + 2), word(first + 3));
         out.cr2 = if out.vector == 14 { s.cr2 } else { 0 };
         unpack(&s.xsave, r);
-        self.memory.read(DATA_PAGES, &mut out.data).unwrap();
+        self.bare.memory.read(DATA_PAGES, &mut out.data).unwrap();
         Ok(())
     }
 
     fn run_one(&mut self, case: &Case) -> Result<Box<Outcome>, String> {
         self.prepare(case);
-        self.vcpu.load(&self.template).map_err(|e| e.to_string())?;
-        self.io.vector.store(u32::MAX, Ordering::Relaxed);
-        let exit = self.vcpu.run(&self.io).map_err(|e| e.to_string())?;
-        if exit != Exit::Kicked || self.io.vector.load(Ordering::Relaxed) == u32::MAX {
+        self.bare.vcpu.load(&self.template).map_err(|e| e.to_string())?;
+        self.bare.ports.clear();
+        let exit = self.bare.vcpu.run(&self.bare.ports).map_err(|e| e.to_string())?;
+        if exit != Exit::Kicked || self.bare.ports.last() == NONE {
             return Err(format!("left with {exit:?}"));
         }
         let mut out =
