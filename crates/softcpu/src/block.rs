@@ -70,6 +70,11 @@ impl Block {
         unsafe { OpPtr::new(self.ops.as_ptr()) }
     }
 
+    /// Whether it was forgotten: it leads back to the run loop, and its page need not be guarded any more.
+    pub fn is_dead(&self) -> bool {
+        self.dead.get()
+    }
+
     /// The operations.
     pub fn ops(&self) -> &[Op] {
         &self.ops

@@ -208,6 +208,7 @@ impl Cpu {
         if let Some(why) = self.exception.internal {
             return Some(Exit::InternalError(format!("{why}\n{}", self.dump())));
         }
+        (self.step_armed, self.rf_loaded) = (false, false);
         // A data breakpoint met by an instruction that then faulted is lost, as on processors.
         self.pending_db = 0;
         let e = self.exception;
@@ -234,6 +235,10 @@ impl Cpu {
         self.update_mode();
         if bits == 0 {
             return None;
+        }
+        if self.request == Request::Halt {
+            // The trap ends the wait at once.
+            self.request = Request::None;
         }
         self.take_exception(Exception { vector: vector::DB, dr6: bits, trap: true, ..Default::default() })
     }

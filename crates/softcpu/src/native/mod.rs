@@ -25,8 +25,8 @@ mod unmasked;
 pub use arena::Arena;
 pub use special::Special;
 
-use crate::op::Op;
-use crate::state::Mode;
+use crate::op::{Op, asize};
+use crate::state::{Mode, seg};
 use emit::Entry;
 use iced_x86::{Instruction, OpKind, Register};
 use recipe::{Class, MemAccess, Recipe};
@@ -94,7 +94,8 @@ pub fn lower(i: &Instruction, bytes: &[u8], mode: Mode, arena: &Arena, op: &mut 
     let cc = cc_mask(recipe.writes_flags);
     let thunk =
         Thunk { entry, special, cc, size, align, host_aligned, class, access, x87, records, reads_flags };
-    op.handler = run::handler(&thunk);
+    let flat = mode.is64() && op.asize() == asize::A64 && op.seg() < seg::FS;
+    op.handler = run::handler(&thunk, flat);
     let thunk = arena.intern(thunk) as u64;
     if records {
         // No register slots in x87 instructions, but an opcode to be recorded.

@@ -7,6 +7,7 @@ use super::special::Special;
 use super::{Code, Thunk};
 use crate::fault::Res;
 use crate::fpu::ready;
+use crate::interp::{Ea, Flat};
 use crate::op::{Handler, Next, Op, OpPtr};
 use crate::state::Cpu;
 
@@ -14,24 +15,26 @@ use crate::state::Cpu;
 #[repr(C, align(64))]
 pub(super) struct Bounce(pub(super) [u8; 64]);
 
-/// The handler of a thunk.
-pub(super) fn handler(t: &Thunk) -> Handler {
+/// The handler of a thunk. `flat`: the memory operand's linear address is just its offset.
+pub(super) fn handler(t: &Thunk, flat: bool) -> Handler {
     if t.special.is_some() {
         return special;
     }
     if t.entry.is_none() {
         return no_code;
     }
-    // Flags as input or output, both an x87 and a vector unit: rare enough for one general handler.
-    if t.cc != 0 || t.reads_flags || t.x87 && matches!(t.class, Class::Sse | Class::Avx) {
+    // Flags as input, or both the x87 and a vector unit: rare enough for one general handler.
+    if t.reads_flags || t.x87 && matches!(t.class, Class::Sse | Class::Avx) {
         return general;
     }
     macro_rules! by_access {
         ($unit:ident) => {
-            match t.access {
-                MemAccess::None => register::<{ ready::$unit }>,
-                MemAccess::Read => load::<{ ready::$unit }>,
-                MemAccess::Write => store::<{ ready::$unit }>,
+            match (t.access, flat) {
+                (MemAccess::None, _) => register::<{ ready::$unit }>,
+                (MemAccess::Read, false) => load::<{ ready::$unit }, false>,
+                (MemAccess::Read, true) => load::<{ ready::$unit }, true>,
+                (MemAccess::Write, false) => store::<{ ready::$unit }, false>,
+                (MemAccess::Write, true) => store::<{ ready::$unit }, true>,
             }
         };
     }
@@ -74,24 +77,20 @@ fn register<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
         return general(cpu, op);
     }
     let t = thunk(&op);
-    call(cpu, &op, t, std::ptr::null_mut());
-    if READY == ready::X87 {
-        finish(cpu, &op, t, 0);
-    }
+    let flags = call(cpu, &op, t, std::ptr::null_mut());
+    finish(cpu, &op, t, flags);
     op.next(cpu)
 }
 
 /// Memory source.
-fn load<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
+fn load<const READY: u8, const FLAT: bool>(cpu: &mut Cpu, op: OpPtr) -> Next {
     if cpu.fpu.ready & READY == 0 {
         return general(cpu, op);
     }
     let t = thunk(&op);
-    match source(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
-        Ok(_) => {
-            if READY == ready::X87 {
-                finish(cpu, &op, t, 0);
-            }
+    match source::<FLAT>(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
+        Ok(flags) => {
+            finish(cpu, &op, t, flags);
             op.next(cpu)
         }
         Err(f) => op.fault(cpu, f),
@@ -99,20 +98,28 @@ fn load<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
 }
 
 /// Memory destination.
-fn store<const READY: u8>(cpu: &mut Cpu, op: OpPtr) -> Next {
+fn store<const READY: u8, const FLAT: bool>(cpu: &mut Cpu, op: OpPtr) -> Next {
     if cpu.fpu.ready & READY == 0 {
         return general(cpu, op);
     }
     let t = thunk(&op);
-    match destination(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
+    match destination::<FLAT>(cpu, &op, t, |cpu, mem| call(cpu, &op, t, mem)) {
         Ok(()) => {
-            if READY == ready::X87 {
-                finish(cpu, &op, t, 0);
-            }
+            finish(cpu, &op, t, 0);
             op.next(cpu)
         }
         Err(f) => op.fault(cpu, f),
     }
+}
+
+/// Linear address of the memory operand, in 64-bit mode without a segment base.
+#[inline(always)]
+fn flat(cpu: &mut Cpu, op: &Op, t: &Thunk) -> Res<u64> {
+    let lin = Flat::at(cpu, op, u32::from(t.size), false)?;
+    if lin & (u64::from(t.align) - 1) != 0 {
+        return Err(cpu.gp(0));
+    }
+    Ok(lin)
 }
 
 /// Linear address of the memory operand.
@@ -137,13 +144,13 @@ fn aligned(cpu: &mut Cpu, op: &Op, t: &Thunk, write: bool) -> Res<u64> {
 
 /// Runs `f` with the address of the memory operand's bytes: guest memory itself, or a copy.
 #[inline(always)]
-pub(super) fn source(
+pub(super) fn source<const FLAT: bool>(
     cpu: &mut Cpu,
     op: &Op,
     t: &Thunk,
     f: impl FnOnce(&mut Cpu, *mut u8) -> u64,
 ) -> Res<u64> {
-    let lin = linear(cpu, op, t, false)?;
+    let lin = if FLAT { flat(cpu, op, t)? } else { linear(cpu, op, t, false)? };
     match cpu.host_read(op.seg(), lin, usize::from(t.size))? {
         Some(p) if !t.host_aligned || (p as usize).is_multiple_of(16) => Ok(f(cpu, p.cast_mut())),
         _ => {
@@ -158,13 +165,13 @@ pub(super) fn source(
 
 /// Runs `f` with the address where the memory operand is to be stored.
 #[inline(always)]
-pub(super) fn destination(
+pub(super) fn destination<const FLAT: bool>(
     cpu: &mut Cpu,
     op: &Op,
     t: &Thunk,
     f: impl FnOnce(&mut Cpu, *mut u8) -> u64,
 ) -> Res<()> {
-    let lin = linear(cpu, op, t, true)?;
+    let lin = if FLAT { flat(cpu, op, t)? } else { linear(cpu, op, t, true)? };
     match cpu.host_write(op.seg(), lin, usize::from(t.size))? {
         Some(p) => {
             f(cpu, p);
@@ -199,9 +206,9 @@ fn execute(cpu: &mut Cpu, op: &Op) -> Res<()> {
     }
     let flags = match t.access {
         MemAccess::None => call(cpu, op, t, std::ptr::null_mut()),
-        MemAccess::Read => source(cpu, op, t, |cpu, mem| call(cpu, op, t, mem))?,
+        MemAccess::Read => source::<false>(cpu, op, t, |cpu, mem| call(cpu, op, t, mem))?,
         MemAccess::Write => {
-            destination(cpu, op, t, |cpu, mem| call(cpu, op, t, mem))?;
+            destination::<false>(cpu, op, t, |cpu, mem| call(cpu, op, t, mem))?;
             0
         }
     };

@@ -46,7 +46,7 @@ impl Cpu {
         }
         let flags = match t.access {
             MemAccess::None => call(self, op, t, std::ptr::null_mut()),
-            MemAccess::Read => source(self, op, t, |cpu, mem| {
+            MemAccess::Read => source::<false>(self, op, t, |cpu, mem| {
                 // A device that was read has not touched the x87 unit.
                 call(cpu, op, t, mem)
             })?,

@@ -8,16 +8,10 @@ pub mod host {
     pub const RAX: u8 = 0;
     pub const RCX: u8 = 1;
     pub const RDX: u8 = 2;
-    pub const RBX: u8 = 3;
     pub const RSP: u8 = 4;
     pub const RBP: u8 = 5;
-    pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
     pub const R10: u8 = 10;
-    pub const R11: u8 = 11;
-    pub const R12: u8 = 12;
-    pub const R13: u8 = 13;
-    pub const R14: u8 = 14;
     pub const R15: u8 = 15;
 }
 
@@ -55,7 +49,6 @@ pub enum Rm {
 pub mod op {
     pub const ADD: u8 = 0;
     pub const AND: u8 = 4;
-    pub const SUB: u8 = 5;
     pub const CMP: u8 = 7;
 }
 
@@ -233,12 +226,6 @@ impl Asm {
         self.rel(target);
     }
 
-    /// CALL of an address.
-    pub fn call(&mut self, target: u64) {
-        self.buf.push(0xe8);
-        self.rel(target);
-    }
-
     /// Jcc to an address.
     pub fn jcc(&mut self, cond: u8, target: u64) {
         self.bytes(&[0x0f, 0x80 | cond]);
@@ -346,7 +333,7 @@ mod tests {
         a.bind(&l);
         a.cmp8_imm(Rm::Mem(Mem::base(12, 0)), 1);
         let t = text(&a);
-        assert!(t.starts_with("mov r10d,5; mov rbx,0FFFFFFFFFFFFFFFFh; mov r15,123456789ABCDEF0h; and rax,0FFFFFFFFFFFFF000h; shr ecx,7; cmp rax,[rcx+8]; jne near"), "{t}");
-        assert!(t.ends_with("jmp near ptr 0000000000001000h; cmp byte ptr [r12],1"), "{t}");
+        assert!(t.starts_with("mov r10d,5; mov rbx,0FFFFFFFFFFFFFFFFh; mov r15,123456789ABCDEF0h; and rax,0FFFFFFFFFFFFF000h; shr ecx,7; cmp rax,[rcx+8]; jne 0000000000001030h; jmp"), "{t}");
+        assert!(t.ends_with("jmp 0000000000001000h; cmp byte ptr [r12],1"), "{t}");
     }
 }

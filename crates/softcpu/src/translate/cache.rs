@@ -308,14 +308,6 @@ impl Translator {
                 host_flags: l.host_flags,
             });
         }
-        if std::env::var_os("JITDUMP").is_some() {
-            let hex = |b: &[u8]| b.iter().map(|x| format!("{x:02x}")).collect::<String>();
-            eprintln!(
-                "BLOCK {ip:x} {} {base:x} {}",
-                hex(&page[(ip & 0xfff) as usize..((scan.end - 1) & 0xfff) as usize + 1]),
-                hex(&out.code)
-            );
-        }
         self.put(at, &out.code);
         self.used = (at + out.code.len()).next_multiple_of(16);
         let id = self.blocks.len() as u32;

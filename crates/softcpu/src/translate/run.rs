@@ -68,7 +68,8 @@ impl Cpu {
 
     #[inline(never)]
     fn run_hot(&mut self, block: &Block) -> Option<Next> {
-        if !self.mode.is64() || self.mode.contains(Mode::STEP) || block.mode != Mode::CODE64 {
+        // A dead block's page is not guarded: what is translated from it would not see later writes.
+        if !self.mode.is64() || self.mode.contains(Mode::STEP) || block.mode != Mode::CODE64 || block.is_dead() {
             return None;
         }
         if self.code.translator.is_none() || block.second_page.is_some() {

@@ -290,12 +290,16 @@ fn vector(i: &Instruction) -> Kind {
 
 fn analyse(mut i: Instruction) -> Inst {
     let kind = classify(&i);
-    let (reads, modifies) = (flags(i.rflags_read()), flags(i.rflags_modified()));
+    let (reads, mut modifies) = (flags(i.rflags_read()), flags(i.rflags_modified()));
+    let through_carry = matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    if through_carry && kind != Kind::Interpret {
+        // Even where they rotate by nothing (a byte by nine) the host may change OF.
+        modifies |= (iced_x86::RflagsBits::CF | iced_x86::RflagsBits::OF) as u8;
+    }
     let kills = match kind {
         // A count of zero leaves all flags as they were, and REP may do nothing.
         Kind::ShiftCl | Kind::Interpret | Kind::Stop => 0,
-        // Rotating a byte by nine is no rotation either.
-        _ if matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) => 0,
+        _ if through_carry => 0,
         _ => modifies,
     };
     normalise(&mut i);

@@ -41,6 +41,8 @@ pub struct Regs {
     pub fop: u16,
     /// Abridged tag word.
     pub ftw: u16,
+    /// Selectors of ES, SS, DS.
+    pub segments: [u16; 3],
 }
 
 impl Regs {
@@ -59,6 +61,7 @@ impl Regs {
             fsw: 0,
             fop: 0,
             ftw: 0,
+            segments: [USER_SS; 3],
         }
     }
 }
@@ -70,7 +73,7 @@ pub struct Case {
     /// Instructions; INT3 follows.
     pub code: [u8; CODE_MAX],
     pub code_len: u32,
-    /// 64, or 32 for compatibility mode.
+    /// 64, or 32 or 16 for compatibility mode.
     pub bits: u32,
     /// Offset in the code page.
     pub entry: u32,
@@ -109,7 +112,16 @@ impl Case {
 
     /// Selector of its code.
     pub fn cs(&self) -> u16 {
-        if self.bits == 64 { USER_CS } else { USER32_CS }
+        match self.bits {
+            64 => USER_CS,
+            32 => USER32_CS,
+            _ => crate::segments::CODE16,
+        }
+    }
+
+    /// Instruction pointer of the start of the code page.
+    pub fn code_base(&self) -> u64 {
+        if self.bits == 16 { 0 } else { CODE }
     }
 
     /// Memory at `at` (offset in the data pages) as the case finds it.

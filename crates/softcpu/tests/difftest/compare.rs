@@ -68,6 +68,9 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
     for (n, name) in NAMES.iter().enumerate() {
         number(name, x.gpr[n], y.gpr[n]);
     }
+    for (n, name) in ["es", "ss", "ds"].iter().enumerate() {
+        number(name, x.segments[n].into(), y.segments[n].into());
+    }
     let mask = !(u64::from(case.undefined) | RF);
     number("rflags", x.rflags & mask, y.rflags & mask);
     // Whether the result of an unmasked overflow or underflow is inexact as well is not computed.

@@ -260,8 +260,11 @@ unsafe fn work(worker: WorkerPtr, from: i32, to: i32) -> ! {
         must(libc::mprotect(READ_ONLY as *mut _, READ_ONLY_LEN, libc::PROT_READ) == 0);
         const ARCH_SET_GS: i32 = 0x1001;
         must(libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE) == 0);
-        // 32-bit code needs segments that can be used; 64-bit code does not care.
-        asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_SS), options(nostack, preserves_flags));
+        for (n, descriptor) in crate::segments::LDT.iter().enumerate() {
+            let description = descriptor.user_desc(n as u32);
+            // In the form that takes all bits as given.
+            must(libc::syscall(libc::SYS_modify_ldt, 0x11, &description, 16) == 0);
+        }
         let stack =
             libc::mmap(std::ptr::null_mut(), 1 << 17, rw, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
         must(stack != libc::MAP_FAILED);
@@ -357,7 +360,10 @@ unsafe fn prepare(w: &mut Worker, case: &Case, gregs: &mut [i64; 23], fp: *mut u
         }
         gregs[RIP] = r.rip as i64;
         gregs[EFLAGS] = r.rflags as i64;
-        gregs[SELECTORS] = gregs[SELECTORS] & !0xffff | i64::from(case.cs());
+        let [es, ss, ds] = r.segments;
+        gregs[SELECTORS] = gregs[SELECTORS] & 0xffff_ffff_0000 | i64::from(case.cs()) | i64::from(ss) << 48;
+        asm!("mov es, {0:e}", "mov ds, {1:e}", in(reg) u32::from(es), in(reg) u32::from(ds),
+            options(nostack, preserves_flags));
         let put16 = |at: usize, v: u16| fp.add(at).cast::<u16>().write_unaligned(v);
         put16(0, r.fcw);
         put16(2, r.fsw);
@@ -393,6 +399,9 @@ unsafe fn capture(out: &mut Outcome, gregs: &[i64; 23], fp: *const u8) {
         }
         r.rip = gregs[RIP] as u64;
         r.rflags = gregs[EFLAGS] as u64;
+        let (es, ds): (u32, u32);
+        asm!("mov {0:e}, es", "mov {1:e}, ds", out(reg) es, out(reg) ds, options(nostack, preserves_flags));
+        r.segments = [es as u16, (gregs[SELECTORS] as u64 >> 48) as u16, ds as u16];
         out.vector = gregs[TRAPNO] as u32;
         out.error = if has_error(out.vector) { gregs[ERR] as u32 } else { 0 };
         out.cr2 = if out.vector == 14 { gregs[CR2] as u64 } else { 0 };
