@@ -154,3 +154,19 @@ fn the_power_button_is_heard() {
         assert_eq!(end.status, Some(0));
     }
 }
+
+#[test]
+#[ignore = "needs the guest: cargo xtask guest"]
+fn the_translator_boots_both_boards() {
+    for machine in ["q35", "microvm"] {
+        let (kernel, initrd) = (guest("vmlinux"), guest("initramfs.cpio"));
+        let args =
+            ["run", "--accel", "soft,translate=on", "--machine", machine, "--cpus", "2", "--kernel", &kernel];
+        let append = "console=ttyS0 quiet panic=-1 kvasir.test=report";
+        let end =
+            Run::start(kvasir(&[&args[..], &["--initrd", &initrd, "--append", append]].concat()), LIMIT)
+                .finish();
+        assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
+        assert!(end.stdout.contains("CPUS 2"), "{}", end.stdout);
+    }
+}

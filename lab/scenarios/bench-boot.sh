@@ -31,12 +31,12 @@ qemu() {
     esac
 }
 
-# measure STOPWATCH-OPTIONS KERNEL [MORE...]: one run, and a second one should the first hang.
+# measure STOPWATCH-OPTIONS KERNEL [MORE...]: one run, and more should it hang.
 measure() {
     options=$1 kernel=$2
     shift 2
-    for attempt in 1 2; do
-        "$XTASK" stopwatch --timeout 30 $options -- $command "${dashes}kernel" "$kernel" "$@" && return
+    for attempt in 1 2 3; do
+        "$XTASK" stopwatch --timeout 10 $options -- $command "${dashes}kernel" "$kernel" "$@" && return
     done
     return 1
 }

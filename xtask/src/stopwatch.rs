@@ -2,7 +2,7 @@
 //!
 //! When the line has come the monitor is stopped first and looked at then, so that nothing it does afterwards counts.
 
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -119,21 +119,39 @@ impl Drop for Running {
     }
 }
 
-/// Runs a monitor until its guest prints `until`.
+/// Runs a monitor until its guest prints `until`. What the monitor says on standard error is shown if that fails.
 pub fn time(command: &[String], until: &str, limit: Duration, questions: &Questions) -> Result<Reading> {
+    let program = command.first().context("no command")?;
+    let said = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC).context("memfd")?;
+    let mut said = std::fs::File::from(said);
+    let reading = watched(command, until, limit, questions, said.try_clone()?);
+    reading.with_context(|| {
+        let mut text = String::new();
+        // Without what it said the error is still one.
+        let _ = said.rewind().and_then(|()| said.read_to_string(&mut text));
+        format!("{program}: no line {until:?}; it said: {}", text.trim_end())
+    })
+}
+
+fn watched(
+    command: &[String],
+    until: &str,
+    limit: Duration,
+    questions: &Questions,
+    stderr: std::fs::File,
+) -> Result<Reading> {
     let (program, arguments) = command.split_first().context("no command")?;
     let trace = if questions.first_entry { Some(Trace::start()?) } else { None };
     let exits_before = if questions.exits { count_exits()? } else { 0 };
     let mut monitor = Command::new(program);
-    monitor.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+    monitor.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
     let start = Instant::now();
     let start_clock = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let mut child = Running(monitor.spawn().with_context(|| format!("{program}: cannot run"))?);
+    let mut child = Running(monitor.spawn().context("cannot run it")?);
     let output = child.0.stdout.take().context("no pipe")?;
-    let line =
-        wait_for(output, until, start, limit).with_context(|| format!("{program}: no line {until:?}"))?;
+    let line = wait_for(output, until, start, limit)?;
     if let Some(pid) = child.pid() {
-        kill_process(pid, Signal::STOP).context("cannot stop the monitor")?;
+        kill_process(pid, Signal::STOP).context("cannot stop it")?;
     }
     let mut reading = Reading { line, ..Reading::default() };
     if questions.exits {
@@ -321,8 +339,9 @@ mod tests {
 
     #[test]
     fn says_why_there_is_no_line() {
-        let error = shell("echo nothing", Duration::from_secs(60)).expect_err("no line");
-        assert!(format!("{error:#}").contains("nothing"), "{error:#}");
+        let error = shell("echo nothing; echo complaint >&2", Duration::from_secs(60)).expect_err("no line");
+        let text = format!("{error:#}");
+        assert!(text.contains("nothing") && text.contains("complaint"), "{text}");
         let error = shell("sleep 100", Duration::from_millis(50)).expect_err("no line");
         assert!(format!("{error:#}").contains("timeout"), "{error:#}");
     }

@@ -10,8 +10,9 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct SoftSpec {
-    /// Translate hot 64-bit guest code into host code; off: interpret everything.
-    pub translate: bool,
+    /// Translate hot 64-bit guest code into host code; off: interpret everything. Without it: on if the host lets us
+    /// execute generated code.
+    pub translate: Option<bool>,
     /// Most memory that translated code may take, for each vCPU (1M to 1G).
     #[schemars(extend("format" = base::props::SIZE_FORMAT))]
     pub cache: u64,
@@ -23,7 +24,7 @@ pub struct SoftSpec {
 
 impl Default for SoftSpec {
     fn default() -> Self {
-        Self { translate: false, cache: 256 << 20, threshold: crate::translate::HOT, exact: false }
+        Self { translate: None, cache: 256 << 20, threshold: crate::translate::HOT, exact: false }
     }
 }
 

@@ -420,7 +420,7 @@ impl<'a> Emitter<'a> {
             stubs = std::mem::take(&mut self.stubs);
         }
         if !self.slots.is_empty() {
-            while self.asm.here() % 16 != 0 {
+            while !self.asm.here().is_multiple_of(16) {
                 self.asm.bytes(&[0xcc]);
             }
             for (label, link) in std::mem::take(&mut self.slots) {

@@ -53,13 +53,20 @@ impl Cpu {
 
     /// Makes the translator that the properties ask for.
     pub(crate) fn set_up_translator(&mut self, spec: &SoftSpec) -> accel::Result<()> {
-        if !spec.translate {
+        if spec.translate == Some(false) {
             return Ok(());
         }
-        let mut t = Translator::new(spec.cache as usize).map_err(|source| accel::Error::Host {
-            what: "cannot get executable memory for translated code (accelerator option translate=off does without)".into(),
-            source,
-        })?;
+        let mut t = match Translator::new(spec.cache as usize) {
+            Ok(t) => t,
+            Err(e) if spec.translate.is_none() => {
+                tracing::warn!("no executable memory for translated code, so the guest will be slow: {e}");
+                return Ok(());
+            }
+            Err(source) => {
+                let what = "cannot get executable memory for translated code (accelerator option translate=off does without)";
+                return Err(accel::Error::Host { what: what.into(), source });
+            }
+        };
         t.exact = spec.exact;
         self.jit.hot = spec.threshold.min(FROZEN - 1);
         self.code.translator = Some(Box::new(t));
@@ -69,7 +76,11 @@ impl Cpu {
     #[inline(never)]
     fn run_hot(&mut self, block: &Block) -> Option<Next> {
         // A dead block's page is not guarded: what is translated from it would not see later writes.
-        if !self.mode.is64() || self.mode.contains(Mode::STEP) || block.mode != Mode::CODE64 || block.is_dead() {
+        if !self.mode.is64()
+            || self.mode.contains(Mode::STEP)
+            || block.mode != Mode::CODE64
+            || block.is_dead()
+        {
             return None;
         }
         if self.code.translator.is_none() || block.second_page.is_some() {

@@ -2,6 +2,7 @@
 
 use crate::case::*;
 use crate::rng::Rng;
+use crate::segments;
 use iced_x86::{
     Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind, Register,
 };
@@ -62,12 +63,13 @@ impl<'a> Generator<'a> {
         for (n, code) in codes.iter().enumerate() {
             let last = n + 1 == codes.len();
             let at = draft.case.code_len as usize;
-            let ip = CODE + u64::from(draft.case.entry) + at as u64;
+            let ip = draft.case.code_base() + u64::from(draft.case.entry) + at as u64;
             let (i, bytes) = draft.instruction(*code, ip)?;
             // What may differ must be where it is thought to be, and must not be read by what follows.
             let ignoring = draft.case.ignore[0].1 != 0;
             let moved =
-                [i.memory_base(), i.memory_index()].iter().any(|r| written.contains(&r.full_register()));
+                [i.memory_base(), i.memory_index()].iter().any(|r| written.contains(&r.full_register()))
+                    || written.iter().any(|r: &Register| r.is_segment_register());
             if ignoring && (!last || moved)
                 || at + bytes.len() > CODE_MAX
                 || !last && may_leave_undefined(&i)
@@ -98,12 +100,15 @@ impl<'a> Generator<'a> {
             let cut = if draft.rng.chance(50) { 0 } else { cut };
             draft.case.entry = 4096 - draft.case.code_len + cut;
             draft.case.code_len -= cut;
-            draft.case.regs.rip = CODE + u64::from(draft.case.entry);
+            draft.case.regs.rip = draft.case.code_base() + u64::from(draft.case.entry);
         }
-        if self.bits == 32 {
+        if self.bits != 64 {
             // What the mode cannot name is not kept by every switch between modes.
             draft.case.regs.gpr[8..].fill(0);
             draft.case.regs.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
+            if self.bits == 16 {
+                draft.case.regs.gpr[RSP] &= 0xffff;
+            }
         }
         Some(draft.case)
     }
@@ -206,12 +211,22 @@ impl Draft<'_> {
         }
         c.pattern = 1 + rng.below(PATTERNS as u64 - 1) as u32;
         c.entry = rng.below(0xe00) as u32;
-        r.rip = CODE + u64::from(c.entry);
+        c.regs.rip = c.code_base() + u64::from(c.entry);
+        c.regs.segments = segments::initial(c.bits);
     }
 
     pub fn pin(&mut self, register: usize, value: u64) {
         self.case.regs.gpr[register] = value;
         self.pinned |= 1 << register;
+    }
+
+    /// Makes a register point to linear address `at` in a segment.
+    pub fn point(&mut self, register: usize, segment: Register, at: u64) {
+        let offset = at.wrapping_sub(segments::base(self.case.bits, segment));
+        self.pin(
+            register,
+            if segments::base(self.case.bits, segment) == 0 { at } else { offset & 0xffff_ffff },
+        );
     }
 
     /// Notes bytes of memory that may differ. `None` if there is no more room for such notes.
@@ -240,9 +255,9 @@ impl Draft<'_> {
             3 | 4 => READ_ONLY + rng.below(READ_ONLY_LEN as u64),
             5 => DATA.wrapping_sub(rng.below(size.max(2))),
             6 => READ_ONLY + READ_ONLY_LEN as u64 - rng.below(size.max(2)),
-            7 if self.case.bits == 32 => rng.integer() & 0xffff_ffff,
+            7 if self.case.bits != 64 => rng.integer() & 0xffff_ffff,
             7 => rng.integer(),
-            8 if self.case.bits == 32 => 0u64.wrapping_sub(rng.below(size.max(2))) & 0xffff_ffff,
+            8 if self.case.bits != 64 => 0u64.wrapping_sub(rng.below(size.max(2))) & 0xffff_ffff,
             8 => 0x8000_0000_0000 - rng.below(size.max(2)),
             9 | 10 => DATA + rng.below(room - size.min(room)),
             _ => {
@@ -259,7 +274,7 @@ impl Draft<'_> {
         loop {
             let at = self.rng.below(4095);
             if at.abs_diff(entry) > 100 || self.rng.chance(1) && at > entry + CODE_MAX as u64 {
-                return CODE + at;
+                return self.case.code_base() + at;
             }
         }
     }
@@ -273,14 +288,14 @@ impl Draft<'_> {
             let mut at =
                 if self.rng.chance(90) { DATA + 0x800 + self.rng.below(0x1000) } else { self.target(8) };
             if self.pinned >> RSP & 1 == 0 {
-                self.pin(RSP, at);
+                self.point(RSP, Register::SS, at);
             } else {
-                at = self.case.regs.gpr[RSP];
+                at = self.case.regs.gpr[RSP].wrapping_add(segments::base(self.case.bits, Register::SS));
             }
             if matches!(m, Enter | Leave) {
                 let at =
                     if self.rng.chance(80) { DATA + 0x900 + self.rng.below(0x800) } else { self.target(8) };
-                self.pin(RBP, at);
+                self.point(RBP, Register::SS, at);
             }
             if m == Ret && self.rng.chance(80) {
                 let to = self.code_target();
@@ -296,7 +311,7 @@ impl Draft<'_> {
                 if self.case.code_len != 0 {
                     return None;
                 }
-                self.pin(RSP, at);
+                self.point(RSP, Register::SS, at);
                 self.patch(at, &value.to_le_bytes());
             }
         }

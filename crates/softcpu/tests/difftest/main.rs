@@ -66,7 +66,7 @@ fn run(family: Family, share: u64) {
             "translator" => ("translator", true),
             other => panic!("KVASIR_DIFF_EXECUTORS: '{other}' is neither interpreter nor translator"),
         };
-        let spec = SoftSpec { translate, cache: 64 << 20, threshold: 0, exact: true };
+        let spec = SoftSpec { translate: Some(translate), cache: 64 << 20, threshold: 0, exact: true };
         others.push(Box::new(soft::Soft::new(name, &patterns, spec)));
     }
     let bits = if family == Family::Compatibility { 32 } else { 64 };

@@ -3,7 +3,8 @@
 
 use crate::case::*;
 use crate::common::{Bare, NONE};
-use accel::state::{MpState, Segment, Table, gpr};
+use crate::segments;
+use accel::state::{MpState, Segment, Table, gpr, seg};
 use accel::{CpuState, Exit};
 use memory::GuestMemory;
 
@@ -20,6 +21,7 @@ const PT_DATA: u64 = 0x7000;
 const GDT: u64 = 0x8000;
 const IDT: u64 = 0x9000;
 const TSS: u64 = 0xa000;
+const LDT: u64 = 0xf000;
 const HANDLERS: u64 = 0xb000;
 const STACK_TOP: u64 = 0xe000;
 const CODE_PAGE: u64 = 0x2_0000;
@@ -64,6 +66,9 @@ fn descriptor_tables(m: &GuestMemory) {
     put(GDT + u64::from(USER_SS & !7), 0x00cf_f300_0000_ffff);
     put(GDT + u64::from(USER_CS & !7), 0x00af_fb00_0000_ffff);
     put(GDT + u64::from(USER32_CS & !7), 0x00cf_fb00_0000_ffff);
+    for (n, descriptor) in segments::LDT.iter().enumerate() {
+        put(LDT + n as u64 * 8, descriptor.bits());
+    }
     for v in 0..32 {
         let at = KERNEL + HANDLERS + v * 16;
         // OUT imm8, AL; JMP to itself.
@@ -77,8 +82,19 @@ fn descriptor_tables(m: &GuestMemory) {
     m.write_obj(TSS + 102, &0x68u16).unwrap();
 }
 
+fn flat(selector: u16, attributes: u32) -> Segment {
+    Segment { selector, base: 0, limit: u32::MAX, attributes }
+}
+
+/// A segment register at the start of a case.
+fn loaded(selector: u16) -> Segment {
+    if selector == USER_SS {
+        return flat(selector, 0xc0f3);
+    }
+    segments::LDT[usize::from(selector / 8)].segment(selector)
+}
+
 fn template() -> CpuState {
-    let code = |selector, attributes| Segment { selector, base: 0, limit: u32::MAX, attributes };
     let null = Segment { attributes: Segment::UNUSABLE, ..Default::default() };
     let mut s = CpuState {
         cr0: 0x8005_0033, // PG, AM, WP, NE, ET, MP, PE
@@ -91,13 +107,13 @@ fn template() -> CpuState {
         mp_state: MpState::Runnable,
         ..Default::default()
     };
-    let data = code(USER_SS, 0xc0f3);
-    s.segments = [data, code(USER_CS, 0xa0fb), data, data, null, null];
-    s.segments[accel::state::seg::GS].base = GS_BASE;
+    s.segments = [null; 6];
+    s.segments[seg::GS].base = GS_BASE;
     s.gdtr = Table { base: KERNEL + GDT, limit: 0x3f };
     s.idtr = Table { base: KERNEL + IDT, limit: 0x1ff };
     s.tr = Segment { selector: 0, base: KERNEL + TSS, limit: 0x67, attributes: 0x8b };
-    s.ldtr = null;
+    let limit = segments::LDT.len() as u32 * 8 - 1;
+    s.ldtr = Segment { selector: 0x40, base: KERNEL + LDT, limit, attributes: 0x82 };
     s.xsave = vec![0; 832];
     s
 }
@@ -127,8 +143,14 @@ impl<'a> Soft<'a> {
         let r = &case.regs;
         s.gpr = r.gpr;
         s.rip = r.rip;
-        let cs = &mut s.segments[accel::state::seg::CS];
-        (cs.selector, cs.attributes) = (case.cs(), if case.bits == 64 { 0xa0fb } else { 0xc0fb });
+        s.segments[seg::CS] = match case.bits {
+            64 => flat(USER_CS, 0xa0fb),
+            32 => flat(USER32_CS, 0xc0fb),
+            _ => loaded(case.cs()),
+        };
+        for (n, selector) in [seg::ES, seg::SS, seg::DS].iter().zip(r.segments) {
+            s.segments[*n] = loaded(selector);
+        }
         s.rflags = r.rflags;
         pack(r, &mut s.xsave);
     }
@@ -145,16 +167,13 @@ impl<'a> Soft<'a> {
         let word = |n: u64| self.bare.memory.read_obj::<u64>(frame + n * 8).unwrap();
         let first = u64::from(errors);
         out.error = if errors { word(0) as u32 } else { 0 };
-        if word(first + 1) as u16 != case.cs() || word(first + 4) as u16 != USER_SS {
-            return Err(format!(
-                "selectors in the frame are {:#x} and {:#x}",
-                word(first + 1),
-                word(first + 4)
-            ));
+        if word(first + 1) as u16 != case.cs() {
+            return Err(format!("CS in the frame is {:#x}", word(first + 1)));
         }
         let r = &mut out.regs;
         r.gpr = s.gpr;
         (r.rip, r.rflags, r.gpr[gpr::RSP]) = (word(first), word(first + 2), word(first + 3));
+        r.segments = [s.segments[seg::ES].selector, word(first + 4) as u16, s.segments[seg::DS].selector];
         out.cr2 = if out.vector == 14 { s.cr2 } else { 0 };
         unpack(&s.xsave, r);
         self.bare.memory.read(DATA_PAGES, &mut out.data).unwrap();
