@@ -103,6 +103,8 @@ fn a_backup_is_the_moment_it_began() {
     let then = contents(&source);
     let mut job: Box<dyn Job> =
         Box::new(Backup::new(Arc::clone(&source), Arc::clone(&target), BackupMode::Full).unwrap());
+    // At least these writes come while it runs, whatever the threads do.
+    scribble(&source, 9, 50);
     while_written(&source, || {
         while job.step().unwrap() == Step::Worked {
             std::thread::yield_now();

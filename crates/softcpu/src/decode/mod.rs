@@ -67,7 +67,7 @@ impl Window {
         let mut limit_end = false;
         if cpu.mode.contains(Mode::LIMITED) {
             let room = (cpu.seg[seg::CS].limit as u64 + 1).saturating_sub(cpu.rip);
-            if room < len as u64 {
+            if room <= len as u64 {
                 (len, limit_end) = (room as usize, true);
             }
         }

@@ -193,6 +193,11 @@ fn legacy_branch<const CALL: bool>(cpu: &mut Cpu, op: OpPtr) -> Res<()> {
             cpu.push_sized(2, back)?;
         }
     } else {
+        if CALL && to > cpu.seg[seg::CS].limit as u64 {
+            // The stack comes first here, too.
+            let lin = cpu.stack(-(bytes as i64), bytes, true)?;
+            cpu.probe_write(seg::SS, lin, bytes as usize)?;
+        }
         check::<Far32>(cpu, to)?;
         if CALL {
             let back = cpu.ip_at(op.next_off());

@@ -88,10 +88,12 @@ fn bound<const BYTES: u32>(cpu: &mut Cpu, op: &Op) -> Res<()> {
     let (s, second) = (op.seg(), lin.wrapping_add(BYTES as u64) as u32 as u64);
     let inside = if BYTES == 2 {
         let v = cpu.get::<u16>(op.dst) as i16;
-        cpu.read::<u16>(s, lin)? as i16 <= v && v <= cpu.read::<u16>(s, second)? as i16
+        let bounds = (cpu.read::<u16>(s, lin)? as i16, cpu.read::<u16>(s, second)? as i16);
+        bounds.0 <= v && v <= bounds.1
     } else {
         let v = cpu.get::<u32>(op.dst) as i32;
-        cpu.read::<u32>(s, lin)? as i32 <= v && v <= cpu.read::<u32>(s, second)? as i32
+        let bounds = (cpu.read::<u32>(s, lin)? as i32, cpu.read::<u32>(s, second)? as i32);
+        bounds.0 <= v && v <= bounds.1
     };
     if inside { Ok(()) } else { Err(cpu.raise(vector::BR)) }
 }

@@ -154,7 +154,7 @@ fn pop_m<const BYTES: u8>(cpu: &mut Cpu, op: &Op) -> Res<()> {
 
 /// POP of a segment register (`op.dst`).
 fn pop_seg(cpu: &mut Cpu, op: &Op) -> Res<Next> {
-    let v = cpu.peek_stack(0, op.scale.min(2))?;
+    let v = cpu.peek_stack(0, op.scale)?;
     let old = cpu.mode;
     let wide = op.scale as u64;
     let sp = cpu.regs[RSP].wrapping_add(wide);

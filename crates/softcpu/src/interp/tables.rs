@@ -225,8 +225,14 @@ fn arpl<const MEM: bool>(cpu: &mut Cpu, op: &Op) -> Res<()> {
     cpu.need_protected()?;
     let rpl = cpu.get::<u16>(op.src) & 3;
     let raised = if MEM {
-        let lin = cpu.address(op, 2, true)?;
-        cpu.rmw::<u16, bool>(op.seg(), lin, |a| if a & 3 < rpl { (a & !3 | rpl, true) } else { (a, false) })?
+        let lin = cpu.address(op, 2, false)?;
+        let a = cpu.read::<u16>(op.seg(), lin)?;
+        if a & 3 < rpl {
+            // Written only if there is something to change.
+            let lin = cpu.address(op, 2, true)?;
+            cpu.write(op.seg(), lin, a & !3 | rpl)?;
+        }
+        a & 3 < rpl
     } else {
         let a = cpu.get::<u16>(op.dst);
         if a & 3 < rpl {

@@ -19,20 +19,27 @@ fn selected(mask: &[u8], i: usize, element: usize) -> bool {
 }
 
 impl Cpu {
+    /// Linear address of element `i` of a vector in memory. Only the element itself has to be inside the segment.
+    fn element_address(&mut self, op: &Op, i: usize, element: usize, write: bool) -> Res<u64> {
+        let offset = self.offset(op).wrapping_add((i * element) as u64);
+        let offset = match op.asize() {
+            asize::A64 => offset,
+            asize::A32 => offset as u32 as u64,
+            _ => offset as u16 as u64,
+        };
+        self.linear(op.seg(), offset, element as u32, write)
+    }
+
     /// Writes the selected elements of `data`, after all of them have been found writable.
     fn write_selected(&mut self, op: &Op, data: &[u8], mask: &[u8], element: usize) -> Res<()> {
         let count = data.len() / element;
-        if (0..count).all(|i| !selected(mask, i, element)) {
-            return Ok(());
-        }
-        let lin = self.address(op, data.len() as u32, true)?;
-        let seg = op.seg();
-        let at = |i: usize| lin.wrapping_add((i * element) as u64);
+        let mut at = [0; 16];
         for i in (0..count).filter(|i| selected(mask, *i, element)) {
-            self.probe_write(seg, at(i), element)?;
+            at[i] = self.element_address(op, i, element, true)?;
+            self.probe_write(op.seg(), at[i], element)?;
         }
         for i in (0..count).filter(|i| selected(mask, *i, element)) {
-            self.write_bytes(seg, at(i), &data[i * element..(i + 1) * element])?;
+            self.write_bytes(op.seg(), at[i], &data[i * element..(i + 1) * element])?;
         }
         Ok(())
     }
@@ -68,12 +75,10 @@ impl Cpu {
         self.check_unit(Class::Avx)?;
         let mask = self.fpu.vec[index(op.src.into())];
         let mut result = Vector([0; 64]);
-        if (0..vector / element).any(|i| selected(&mask.0, i, element)) {
-            let lin = self.address(op, vector as u32, false)?;
-            for i in (0..vector / element).filter(|i| selected(&mask.0, *i, element)) {
-                let at = i * element;
-                self.read_bytes(op.seg(), lin.wrapping_add(at as u64), &mut result.0[at..at + element])?;
-            }
+        for i in (0..vector / element).filter(|i| selected(&mask.0, *i, element)) {
+            let lin = self.element_address(op, i, element, false)?;
+            let at = i * element;
+            self.read_bytes(op.seg(), lin, &mut result.0[at..at + element])?;
         }
         self.fpu.vec[index(op.dst.into())] = result;
         Ok(())

@@ -3,6 +3,7 @@
 use crate::case::*;
 use crate::rng::Rng;
 use crate::segments;
+use crate::select::uses_selectors;
 use iced_x86::{
     Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind, Register,
 };
@@ -220,6 +221,11 @@ impl Draft<'_> {
         self.pinned |= 1 << register;
     }
 
+    /// A selector to be loaded or looked up.
+    pub fn selector(&mut self) -> u16 {
+        if self.rng.chance(5) { self.rng.next() as u16 | 7 } else { self.rng.pick(&segments::selectors()) }
+    }
+
     /// Makes a register point to linear address `at` in a segment.
     pub fn point(&mut self, register: usize, segment: Register, at: u64) {
         let offset = at.wrapping_sub(segments::base(self.case.bits, segment));
@@ -297,6 +303,10 @@ impl Draft<'_> {
                     if self.rng.chance(80) { DATA + 0x900 + self.rng.below(0x800) } else { self.target(8) };
                 self.point(RBP, Register::SS, at);
             }
+            if uses_selectors(code) && self.rng.chance(90) {
+                let selector = self.selector();
+                self.patch(at, &selector.to_le_bytes());
+            }
             if m == Ret && self.rng.chance(80) {
                 let to = self.code_target();
                 self.patch(at, &to.to_le_bytes());
@@ -358,9 +368,9 @@ impl Draft<'_> {
         }
         let string = op.op_kinds().iter().any(|k| matches!(k, K::seg_rSI | K::es_rDI));
         if string {
-            for r in [RSI, RDI] {
+            for (r, segment) in [(RSI, Register::DS), (RDI, Register::ES)] {
                 let at = self.target(64);
-                self.pin(r, at);
+                self.point(r, segment, at);
             }
             if op.can_use_rep_prefix() && self.rng.chance(60) {
                 let n = match self.rng.below(10) {
@@ -379,7 +389,7 @@ impl Draft<'_> {
         }
         if op.op_kinds().contains(&K::seg_rDI) {
             let at = self.target(16);
-            self.pin(RDI, at);
+            self.point(RDI, Register::DS, at);
         }
         Some(())
     }
@@ -517,11 +527,14 @@ impl Draft<'_> {
             (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory).unwrap_or(0),
             0,
             |r, _, _| match r {
-                Register::GS => Some(GS_BASE),
-                r if r.is_segment_register() => Some(0),
+                r if r.is_segment_register() => Some(segments::base(self.case.bits, r)),
                 r if r.is_gpr() => {
                     let v = self.case.regs.gpr[r.full_register().number()];
-                    Some(if r.size() == 4 { v & 0xffff_ffff } else { v })
+                    Some(match r.size() {
+                        2 => v & 0xffff,
+                        4 => v & 0xffff_ffff,
+                        _ => v,
+                    })
                 }
                 _ => Some(0),
             },

@@ -19,6 +19,7 @@ mod generate;
 mod native;
 mod operands;
 mod rng;
+mod segments;
 mod select;
 mod shrink;
 mod soft;
@@ -69,8 +70,8 @@ fn run(family: Family, share: u64) {
         let spec = SoftSpec { translate: Some(translate), cache: 64 << 20, threshold: 0, exact: true };
         others.push(Box::new(soft::Soft::new(name, &patterns, spec)));
     }
-    let bits = if family == Family::Compatibility { 32 } else { 64 };
-    let mut generator = generate::Generator::new(seed ^ (family as u64) << 56, bits, &codes, &patterns);
+    let mut generator =
+        generate::Generator::new(seed ^ (family as u64) << 56, family.bits(), &codes, &patterns);
     let mut failures: BTreeMap<String, u64> = BTreeMap::new();
     let mut left = count;
     while left > 0 {
@@ -163,17 +164,18 @@ macro_rules! families {
 }
 
 families! {
-    integer = Integer, 250;
+    integer = Integer, 210;
     flow = Flow, 50;
     strings = Strings, 40;
     x87 = X87, 90;
     mmx = Mmx, 60;
-    sse = Sse, 120;
+    sse = Sse, 110;
     avx = Avx, 120;
     avx2_fma = Avx2, 100;
     crypto = Crypto, 40;
     state = State, 30;
-    compatibility = Compatibility, 100;
+    compatibility = Compatibility, 90;
+    sixteen = Sixteen, 60;
 }
 
 /// CPUID bits of the software CPU that promise no instruction, or one that cannot be compared (its result is random, or
@@ -218,11 +220,10 @@ fn every_instruction_can_be_generated() {
     use Family::*;
     let patterns = Patterns::new(&mut rng::Rng::new(1));
     let mut missing = Vec::new();
-    for family in [Integer, Flow, Strings, X87, Mmx, Sse, Avx, Avx2, Crypto, State, Compatibility] {
-        let bits = if family == Compatibility { 32 } else { 64 };
+    for family in [Integer, Flow, Strings, X87, Mmx, Sse, Avx, Avx2, Crypto, State, Compatibility, Sixteen] {
         for code in select::codes(family) {
             let one = [code];
-            let mut generator = generate::Generator::new(7, bits, &one, &patterns);
+            let mut generator = generate::Generator::new(7, family.bits(), &one, &patterns);
             if !(0..200).any(|_| generator.attempt().is_some()) {
                 missing.push(code);
             }

@@ -2,11 +2,22 @@
 
 use crate::case::*;
 use crate::generate::*;
+use crate::segments;
+use crate::select::uses_selectors;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
 
 impl Draft<'_> {
     fn wide(&self) -> bool {
         self.case.bits == 64
+    }
+
+    /// One of three, by the width of addresses.
+    fn by_width<T>(&self, sixteen: T, thirty_two: T, sixty_four: T) -> T {
+        match self.case.bits {
+            16 => sixteen,
+            32 => thirty_two,
+            _ => sixty_four,
+        }
     }
 
     /// Number of general or vector registers.
@@ -58,12 +69,14 @@ impl Draft<'_> {
     fn memory(&mut self, i: &mut Instruction, n: u32, target: u64, vsib: Option<Register>) {
         i.set_op_kind(n, OpKind::Memory);
         let mut address = target;
-        if self.rng.chance(5) {
+        if self.case.bits != 16 && self.rng.chance(5) {
             i.set_segment_prefix(Register::GS);
             address = address.wrapping_sub(GS_BASE);
         }
-        if !self.wide() {
-            return self.memory32(i, target, vsib);
+        match self.case.bits {
+            16 => return self.memory16(i, target, vsib),
+            32 => return self.memory32(i, target, vsib),
+            _ => {}
         }
         let narrow = self.rng.chance(5) && (address as i64 >= 0 && address < 1 << 32 || self.rng.chance(10));
         let first = if narrow { Register::EAX } else { Register::RAX };
@@ -183,6 +196,73 @@ impl Draft<'_> {
         });
     }
 
+    /// The same in 16-bit code: 16-bit addresses, now and then 32-bit ones, in any of the segments.
+    fn memory16(&mut self, i: &mut Instruction, target: u64, vsib: Option<Register>) {
+        let prefix = self
+            .rng
+            .chance(15)
+            .then(|| self.rng.pick(&[Register::ES, Register::CS, Register::SS, Register::DS, Register::GS]));
+        i.set_segment_prefix(prefix.unwrap_or(Register::None));
+        let bits = self.case.bits;
+        let offset =
+            |default| (target as u32).wrapping_sub(segments::base(bits, prefix.unwrap_or(default)) as u32);
+        let shift = self.rng.below(25);
+        let displacement = if self.rng.chance(40) { 0 } else { self.rng.next() as i32 >> shift };
+        let size = |d: i32, wide: u32| match d {
+            0 => 0,
+            -128..=127 => 1,
+            _ => wide,
+        };
+        if vsib.is_some() || self.rng.chance(20) {
+            let free: Vec<usize> = (0..8).filter(|r| self.pinned >> r & 1 == 0).collect();
+            if let Some(base) = free.get(self.rng.below(free.len() as u64) as usize).copied() {
+                let default = if matches!(base, RSP | RBP) { Register::SS } else { Register::DS };
+                i.set_memory_base(Register::EAX + base as u32);
+                if let Some(index) = vsib {
+                    i.set_memory_index(index);
+                }
+                self.pin(base, u64::from(offset(default).wrapping_sub(displacement as u32)));
+                i.set_memory_displacement64(u64::from(displacement as u32));
+                i.set_memory_displ_size(size(displacement, 4));
+                return;
+            }
+        }
+        let none = Register::None;
+        let (base, index) = self.rng.pick(&[
+            (Register::BX, Register::SI),
+            (Register::BX, Register::DI),
+            (Register::BP, Register::SI),
+            (Register::BP, Register::DI),
+            (Register::SI, none),
+            (Register::DI, none),
+            (Register::BP, none),
+            (Register::BX, none),
+            (none, none),
+        ]);
+        let default = if base == Register::BP { Register::SS } else { Register::DS };
+        let number = |r: Register| r.full_register().number();
+        if base == none
+            || self.pinned >> number(base) & 1 != 0
+            || index != none && self.pinned >> number(index) & 1 != 0
+        {
+            i.set_memory_displacement64(u64::from(offset(Register::DS) as u16));
+            i.set_memory_displ_size(2);
+            return;
+        }
+        let displacement = i32::from(displacement as i16);
+        let mut value = offset(default).wrapping_sub(displacement as u32);
+        if index != none {
+            value = value.wrapping_sub(self.case.regs.gpr[number(index)] as u32);
+            self.pinned |= 1 << number(index);
+        }
+        let high = self.rng.next() & 0xffff_0000;
+        self.pin(number(base), u64::from(value & 0xffff) | high);
+        i.set_memory_base(base);
+        i.set_memory_index(index);
+        i.set_memory_displacement64(u64::from(displacement as u16));
+        i.set_memory_displ_size(size(displacement, 2));
+    }
+
     /// An instruction with operands, at `ip`, and its bytes.
     pub fn instruction(&mut self, code: Code, ip: u64) -> Option<(Instruction, Vec<u8>)> {
         let op = code.op_code();
@@ -210,7 +290,7 @@ impl Draft<'_> {
                 let size = if size == 0 { 832 } else { size };
                 let mut target = self.target(size);
                 let state = size > 64 || matches!(m, Mnemonic::Fldenv | Mnemonic::Fnstenv);
-                if state && self.rng.chance(90) {
+                if state && (self.case.bits == 16 || self.rng.chance(90)) {
                     let align = if size > 128 { 64 } else { 1 };
                     target = (DATA + self.rng.below(DATA_LEN as u64 - 1024)) / align * align;
                 }
@@ -223,6 +303,20 @@ impl Draft<'_> {
                 if matches!(m, Mnemonic::Jmp | Mnemonic::Call) && self.rng.chance(80) {
                     let to = self.code_target();
                     self.patch(target, &to.to_le_bytes());
+                }
+                if uses_selectors(code) {
+                    // A far pointer has an offset in front.
+                    let selector = self.selector();
+                    let offset =
+                        if matches!(m, Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lss) { size - 2 } else { 0 };
+                    let mut bytes = self.rng.next().to_le_bytes();
+                    bytes[offset as usize..offset as usize + 2].copy_from_slice(&selector.to_le_bytes());
+                    self.patch(target, &bytes[..offset as usize + 2]);
+                    // Other selectors could be those of the kernel.
+                    let patched = self.case.patch_len != 0 && self.case.patch_at as u64 == target.wrapping_sub(DATA);
+                    if !patched && target.wrapping_sub(DATA) < (DATA_LEN + READ_ONLY_LEN) as u64 {
+                        return None;
+                    }
                 }
                 // The x87 pointers (see `compare`), and MXCSR_MASK, which is the processor's own.
                 let at = |offset: u32| (target.wrapping_sub(DATA) as u32).wrapping_add(offset);
@@ -238,8 +332,21 @@ impl Draft<'_> {
                 continue;
             }
             if let Some(r) = self.register(*k) {
+                let loads = n == 0 && r.is_segment_register() && uses_selectors(code);
+                // FS and GS are the child process's own.
+                let r = if loads && matches!(r, Register::FS | Register::GS) { Register::DS } else { r };
                 i.set_op_register(n, r);
                 i.set_op_kind(n, OpKind::Register);
+                if uses_selectors(code) && r.is_gpr() {
+                    if self.case.code_len != 0 || self.pinned >> r.full_register().number() & 1 != 0 {
+                        return None;
+                    }
+                    let selector = u64::from(self.selector()) | self.rng.next() & 0xffff_0000;
+                    let n = r.full_register().number();
+                    if self.pinned >> n & 1 == 0 {
+                        self.pin(n, selector);
+                    }
+                }
                 if r.is_gpr() && matches!(m, Mnemonic::Jmp | Mnemonic::Call) && self.rng.chance(80) {
                     let to = self.code_target();
                     let n = r.full_register().number();
@@ -302,8 +409,8 @@ impl Draft<'_> {
                     i.set_op_kind(n, OpKind::Immediate64);
                     i.set_immediate64(value);
                 }
-                K::br64_1 | K::br64_4 | K::br32_1 | K::br32_4 => {
-                    let to = if matches!(k, K::br64_1 | K::br32_1) {
+                K::br64_1 | K::br64_4 | K::br32_1 | K::br32_4 | K::br16_1 | K::br16_2 => {
+                    let to = if matches!(k, K::br64_1 | K::br32_1 | K::br16_1) {
                         ip.wrapping_add(20 + self.rng.below(100))
                     } else if self.rng.chance(95) {
                         self.code_target()
@@ -313,6 +420,9 @@ impl Draft<'_> {
                     if self.wide() {
                         i.set_op_kind(n, OpKind::NearBranch64);
                         i.set_near_branch64(to);
+                    } else if matches!(k, K::br16_1 | K::br16_2) {
+                        i.set_op_kind(n, OpKind::NearBranch16);
+                        i.set_near_branch16(to as u16);
                     } else {
                         i.set_op_kind(n, OpKind::NearBranch32);
                         i.set_near_branch32(to as u32);
@@ -322,21 +432,31 @@ impl Draft<'_> {
                     let size = op.memory_size().size() as u64;
                     let at = self.target(size);
                     i.set_op_kind(n, OpKind::Memory);
-                    i.set_memory_displacement64(at);
-                    i.set_memory_displ_size(if self.wide() { 8 } else { 4 });
+                    let at = at.wrapping_sub(segments::base(self.case.bits, Register::DS));
+                    i.set_memory_displacement64(match self.case.bits {
+                        64 => at,
+                        bits => at & ((1 << bits) - 1),
+                    });
+                    i.set_memory_displ_size(self.case.bits / 8);
                 }
-                K::seg_rSI if !self.wide() => i.set_op_kind(n, OpKind::MemorySegESI),
-                K::seg_rSI => i.set_op_kind(n, OpKind::MemorySegRSI),
-                K::es_rDI if !self.wide() => i.set_op_kind(n, OpKind::MemoryESEDI),
-                K::es_rDI => i.set_op_kind(n, OpKind::MemoryESRDI),
-                K::seg_rDI if !self.wide() => i.set_op_kind(n, OpKind::MemorySegEDI),
-                K::seg_rDI => i.set_op_kind(n, OpKind::MemorySegRDI),
+                K::seg_rSI => i.set_op_kind(
+                    n,
+                    self.by_width(OpKind::MemorySegSI, OpKind::MemorySegESI, OpKind::MemorySegRSI),
+                ),
+                K::es_rDI => i.set_op_kind(
+                    n,
+                    self.by_width(OpKind::MemoryESDI, OpKind::MemoryESEDI, OpKind::MemoryESRDI),
+                ),
+                K::seg_rDI => i.set_op_kind(
+                    n,
+                    self.by_width(OpKind::MemorySegDI, OpKind::MemorySegEDI, OpKind::MemorySegRDI),
+                ),
                 K::seg_rBX_al => {
                     i.set_op_kind(n, OpKind::Memory);
-                    i.set_memory_base(if self.wide() { Register::RBX } else { Register::EBX });
+                    i.set_memory_base(self.by_width(Register::BX, Register::EBX, Register::RBX));
                     i.set_memory_index(Register::AL);
                     let at = self.target(256);
-                    self.pin(RBX, at);
+                    self.point(RBX, Register::DS, at);
                 }
                 K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y => {
                     let wide = matches!(k, K::mem_vsib32y | K::mem_vsib64y);

@@ -26,6 +26,8 @@ pub enum Family {
     State,
     /// Everything, as 32-bit code in compatibility mode.
     Compatibility,
+    /// Everything, as 16-bit code in compatibility mode, with segments of all kinds.
+    Sixteen,
 }
 
 /// CPUID bits (leaf, subleaf, register 0 to 3 = EAX to EDX, bit) and the instructions that they promise.
@@ -79,8 +81,19 @@ const BASE: &[CpuidFeature] = {
     &[INTEL8086, INTEL186, INTEL286, INTEL386, INTEL486, MULTIBYTENOP, PAUSE]
 };
 
+impl Family {
+    /// Width of the code: 64, 32 or 16 bits.
+    pub fn bits(self) -> u32 {
+        match self {
+            Family::Compatibility => 32,
+            Family::Sixteen => 16,
+            _ => 64,
+        }
+    }
+}
+
 /// Results that differ from machine to machine or from call to call, or that depend on the kernel's tables.
-fn excluded(code: Code) -> bool {
+fn excluded(code: Code, bits: u32) -> bool {
     use Mnemonic::*;
     let i = code.op_code();
     let m = code.mnemonic();
@@ -98,16 +111,11 @@ fn excluded(code: Code) -> bool {
             | Sldt
             | Str
             | Smsw
-            | Lar
-            | Lsl
-            | Verr
-            | Verw
             | Syscall
             | Sysenter
             | Int
             | Int1
             | Int3
-            | Into
             | Iret
             | Iretd
             | Iretq
@@ -116,11 +124,8 @@ fn excluded(code: Code) -> bool {
             | Wrfsbase
             | Wrgsbase
             | Rdfsbase
-            | Lss
             | Lfs
             | Lgs
-            | Lds
-            | Les
             | Loadall
             | Umov
             | Ibts
@@ -132,8 +137,6 @@ fn excluded(code: Code) -> bool {
             | Xsaves64
             | Xrstors
             | Xrstors64
-            | Bound
-            | Arpl
             | Ud0
             | Ud1
     );
@@ -141,27 +144,34 @@ fn excluded(code: Code) -> bool {
         format!("{code:?}").contains("ptr") || matches!(m, Jmp | Call) && format!("{code:?}").contains("m16");
     let loads_segment = matches!(
         code,
-        Code::Mov_Sreg_rm16
-            | Code::Mov_Sreg_r32m16
-            | Code::Mov_Sreg_r64m16
-            | Code::Popw_ES
-            | Code::Popd_ES
-            | Code::Popw_SS
-            | Code::Popd_SS
-            | Code::Popw_DS
-            | Code::Popd_DS
-            | Code::Popw_FS
-            | Code::Popw_GS
-            | Code::Popq_FS
-            | Code::Popq_GS
-            | Code::Popd_FS
-            | Code::Popd_GS
+        Code::Popw_FS | Code::Popw_GS | Code::Popq_FS | Code::Popq_GS | Code::Popd_FS | Code::Popd_GS
     );
-    // BSWAP of a 16-bit register is undefined. So is 0F 0D with a register; and UD0 and UD1 have a ModRM byte or not, depending on who made the processor. Near branches with a 16-bit operand size differ between vendors.
+    let loads_segment = loads_segment || bits == 64 && uses_selectors(code);
+    // BSWAP of a 16-bit register is undefined. So is 0F 0D with a register; and UD0 and UD1 have a ModRM byte or not,
+    // depending on who made the processor. Near branches with a 16-bit operand size in 64-bit mode, too, differ.
     let reserved = format!("{code:?}").contains("0F0D");
     let undefined =
-        reserved || matches!(code, Code::Bswap_r16) || matches!(i.operand_size(), 16) && is_branch(m);
+        reserved || matches!(code, Code::Bswap_r16) || bits == 64 && i.operand_size() == 16 && is_branch(m);
     system || far || loads_segment || undefined
+}
+
+/// Whether an instruction loads a segment register, or looks a selector up.
+pub fn uses_selectors(code: Code) -> bool {
+    use Mnemonic::*;
+    let tables = matches!(code.mnemonic(), Lar | Lsl | Verr | Verw | Lds | Les | Lss);
+    tables
+        || matches!(
+            code,
+            Code::Mov_Sreg_rm16
+                | Code::Mov_Sreg_r32m16
+                | Code::Mov_Sreg_r64m16
+                | Code::Popw_ES
+                | Code::Popd_ES
+                | Code::Popw_SS
+                | Code::Popd_SS
+                | Code::Popw_DS
+                | Code::Popd_DS
+        )
 }
 
 fn is_branch(m: Mnemonic) -> bool {
@@ -210,15 +220,19 @@ pub fn codes(wanted: Family) -> Vec<Code> {
         .filter(|c| {
             let i = c.op_code();
             i.is_instruction()
-                && if wanted == Family::Compatibility { i.mode32() } else { i.mode64() }
+                && match wanted.bits() {
+                    16 => i.mode16(),
+                    32 => i.mode32(),
+                    _ => i.mode64(),
+                }
                 && matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
                 && c.cpuid_features().iter().all(|f| promised.contains(f))
                 // With a WAIT in front they are two instructions.
                 && !i.fwait()
                 && !i.must_be_cpl0()
                 && i.cpl3()
-                && !excluded(*c)
-                && (wanted == Family::Compatibility || family(*c) == wanted)
+                && !excluded(*c, wanted.bits())
+                && (wanted.bits() != 64 || family(*c) == wanted)
         })
         .collect()
 }
