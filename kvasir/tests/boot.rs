@@ -160,8 +160,17 @@ fn the_power_button_is_heard() {
 fn the_interpreter_alone_boots_both_boards() {
     for machine in ["q35", "microvm"] {
         let (kernel, initrd) = (guest("vmlinux"), guest("initramfs.cpio"));
-        let args =
-            ["run", "--accel", "soft,translate=off", "--machine", machine, "--cpus", "2", "--kernel", &kernel];
+        let args = [
+            "run",
+            "--accel",
+            "soft,translate=off",
+            "--machine",
+            machine,
+            "--cpus",
+            "2",
+            "--kernel",
+            &kernel,
+        ];
         let append = "console=ttyS0 quiet panic=-1 kvasir.test=report";
         let end =
             Run::start(kvasir(&[&args[..], &["--initrd", &initrd, "--append", append]].concat()), LIMIT)

@@ -92,6 +92,8 @@ impl Cpu {
     pub(crate) fn fxsave(&mut self, op: &Op, wide: bool) -> Res<()> {
         let lin = self.fx_operand(op, true)?;
         let count = self.vector_count();
+        // The processor checks the whole area, though it leaves the end of it alone.
+        self.probe_write(op.seg(), lin, 512)?;
         let mut b = [0; 512];
         self.fpu.put_x87(&mut b, pointers(wide));
         self.fpu.put_mxcsr(&mut b);

@@ -3,10 +3,10 @@
 
 use super::recipe::Class;
 use super::run::third;
-use crate::fault::Res;
+use crate::fault::{Res, vector};
 use crate::fpu::Vector;
 use crate::op::{Op, asize};
-use crate::state::Cpu;
+use crate::state::{Cpu, seg};
 
 /// Index of the vector register in a slot.
 fn index(slot: u64) -> usize {
@@ -19,14 +19,14 @@ fn selected(mask: &[u8], i: usize, element: usize) -> bool {
 }
 
 impl Cpu {
-    /// Linear address of element `i` of a vector in memory. Only the element itself has to be inside the segment.
+    /// Linear address of element `i` of a vector in memory. Only the element itself has to be inside the segment; but
+    /// offsets do not wrap within the vector.
     fn element_address(&mut self, op: &Op, i: usize, element: usize, write: bool) -> Res<u64> {
         let offset = self.offset(op).wrapping_add((i * element) as u64);
-        let offset = match op.asize() {
-            asize::A64 => offset,
-            asize::A32 => offset as u32 as u64,
-            _ => offset as u16 as u64,
-        };
+        if !self.mode.is64() && offset > u64::from(u32::MAX) {
+            let v = if op.seg() == seg::SS { vector::SS } else { vector::GP };
+            return Err(self.raise_with(v, 0));
+        }
         self.linear(op.seg(), offset, element as u32, write)
     }
 

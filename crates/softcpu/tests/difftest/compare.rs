@@ -55,7 +55,9 @@ pub fn compare(case: &Case, a: &Outcome, b: &Outcome) -> Vec<String> {
     // several places, either will do.
     let code = code_at(case, a.regs.rip);
     let name = format!("{code:?}");
-    let large = ["save", "rstor", "stenv", "ldenv", "m80", "askmov", "Lds", "Les", "Lss", "Bound"].iter().any(|n| name.contains(n));
+    let large = ["save", "rstor", "stenv", "ldenv", "m80", "askmov", "Lds", "Les", "Lss", "Bound"]
+        .iter()
+        .any(|n| name.contains(n));
     if !(large && matches!(a.vector, 12..=14) && matches!(b.vector, 12..=14)) {
         number("exception", a.vector.into(), b.vector.into());
         let kernel = a.vector == 14 && a.cr2 >= TASK_SIZE;

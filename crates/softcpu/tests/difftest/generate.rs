@@ -5,7 +5,8 @@ use crate::rng::Rng;
 use crate::segments;
 use crate::select::uses_selectors;
 use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind, Register,
+    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K,
+    OpKind, Register,
 };
 
 pub const RCX: usize = 1;
@@ -59,6 +60,7 @@ impl<'a> Generator<'a> {
         draft.case.bits = self.bits;
         draft.registers();
         let mut undefined = 0u32;
+        let mut branches = false;
         let mut written = Vec::new();
         let mut factory = InstructionInfoFactory::new();
         for (n, code) in codes.iter().enumerate() {
@@ -78,6 +80,7 @@ impl<'a> Generator<'a> {
             {
                 return None;
             }
+            branches |= i.flow_control() != FlowControl::Next;
             if i.is_vsib() {
                 // Some processors let a single-step trap in between two elements.
                 draft.case.regs.rflags &= !0x100;
@@ -95,7 +98,8 @@ impl<'a> Generator<'a> {
                 used.iter().filter(|u| u.access() != OpAccess::Read).map(|u| u.register().full_register()),
             );
         }
-        if draft.rng.chance(2) && draft.case.ignore[0].1 == 0 {
+        // A branch right before the end of a segment now and then faults on a real processor even if it is taken.
+        if draft.rng.chance(2) && draft.case.ignore[0].1 == 0 && !(branches && self.bits == 16) {
             // At the end of the page: what follows cannot be fetched; or not even the instruction can, whole.
             let cut = draft.rng.below(u64::from(draft.case.code_len)) as u32;
             let cut = if draft.rng.chance(50) { 0 } else { cut };
@@ -303,9 +307,16 @@ impl Draft<'_> {
                     if self.rng.chance(80) { DATA + 0x900 + self.rng.below(0x800) } else { self.target(8) };
                 self.point(RBP, Register::SS, at);
             }
-            if uses_selectors(code) && self.rng.chance(90) {
+            if uses_selectors(code) {
+                // Other selectors could be those of the kernel.
+                if self.case.code_len != 0 {
+                    return None;
+                }
                 let selector = self.selector();
                 self.patch(at, &selector.to_le_bytes());
+                if self.case.patch_len == 0 && at.wrapping_sub(DATA) < (DATA_LEN + READ_ONLY_LEN) as u64 {
+                    return None;
+                }
             }
             if m == Ret && self.rng.chance(80) {
                 let to = self.code_target();

@@ -313,7 +313,8 @@ impl Draft<'_> {
                     bytes[offset as usize..offset as usize + 2].copy_from_slice(&selector.to_le_bytes());
                     self.patch(target, &bytes[..offset as usize + 2]);
                     // Other selectors could be those of the kernel.
-                    let patched = self.case.patch_len != 0 && self.case.patch_at as u64 == target.wrapping_sub(DATA);
+                    let patched =
+                        self.case.patch_len != 0 && self.case.patch_at as u64 == target.wrapping_sub(DATA);
                     if !patched && target.wrapping_sub(DATA) < (DATA_LEN + READ_ONLY_LEN) as u64 {
                         return None;
                     }
@@ -342,10 +343,7 @@ impl Draft<'_> {
                         return None;
                     }
                     let selector = u64::from(self.selector()) | self.rng.next() & 0xffff_0000;
-                    let n = r.full_register().number();
-                    if self.pinned >> n & 1 == 0 {
-                        self.pin(n, selector);
-                    }
+                    self.pin(r.full_register().number(), selector);
                 }
                 if r.is_gpr() && matches!(m, Mnemonic::Jmp | Mnemonic::Call) && self.rng.chance(80) {
                     let to = self.code_target();
