@@ -190,11 +190,8 @@ impl Worker {
         // SAFETY: the name is a literal; the file is sized before it is mapped.
         let fd = unsafe { libc::memfd_create(c"difftest-code".as_ptr(), libc::MFD_CLOEXEC) };
         // SAFETY: our own descriptor.
-        assert!(
-            fd >= 0 && unsafe { libc::ftruncate(fd, 4096) } == 0,
-            "memfd: {}",
-            std::io::Error::last_os_error()
-        );
+        let sized = unsafe { libc::ftruncate(fd, 4096) } == 0;
+        assert!(fd >= 0 && sized, "memfd: {}", std::io::Error::last_os_error());
         let code = map(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, 0, fd);
         // SAFETY: just mapped.
         unsafe { std::ptr::write_bytes(code, 0xcc, 4096) };
