@@ -14,6 +14,8 @@ pub enum SystemRequest {
     GuestPanicked,
     /// End with this exit status (isa-debug-exit).
     Exit(u8),
+    /// Tell monitors: an event's name in QMP (`BALLOON_CHANGE`), and its data.
+    Notice(&'static str, serde_json::Value),
 }
 
 /// Handle through which devices send [`SystemRequest`]s; never blocks.

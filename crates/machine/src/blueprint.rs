@@ -1,6 +1,7 @@
 //! The one description of a VM: property bags. Every front door translates into it, and nothing else builds a VM.
 
 use crate::Error;
+use crate::control::Actions;
 use crate::kernel::KernelSpec;
 use crate::topology::SmpSpec;
 use base::props::{Bag, SIZE_FORMAT};
@@ -30,8 +31,10 @@ pub struct Blueprint {
     pub devices: Vec<Bag>,
     /// Character device (by id) that each serial port is connected to.
     pub serials: Vec<String>,
-    /// End instead of resetting when the guest asks for a reset.
-    pub no_reboot: bool,
+    /// What to do when the guest resets itself, powers off, panics.
+    pub actions: Actions,
+    /// Do not let the vCPUs run before [`crate::Machine::resume`].
+    pub paused: bool,
 }
 
 impl Default for Blueprint {
@@ -46,7 +49,8 @@ impl Default for Blueprint {
             blockdevs: Vec::new(),
             devices: Vec::new(),
             serials: Vec::new(),
-            no_reboot: false,
+            actions: Actions::default(),
+            paused: false,
         }
     }
 }

@@ -9,7 +9,9 @@ mod acceleration;
 pub mod acpi;
 pub mod blueprint;
 mod board;
+pub mod control;
 mod drives;
+pub mod inspect;
 pub mod kernel;
 mod run;
 pub mod smbios;
@@ -19,7 +21,8 @@ mod vcpu;
 pub use acceleration::{Acceleration, choose};
 pub use blueprint::Blueprint;
 pub use board::BOARDS;
-pub use run::{Chardevs, Machine, Outcome, Remote};
+pub use control::{Cause, Notice, Remote, RunState};
+pub use run::{Chardevs, Machine, Outcome};
 
 /// Why a machine cannot be built or cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -2,11 +2,15 @@
 
 use crate::blueprint::Blueprint;
 use crate::board::{self, Built};
-use crate::vcpu::{Stop, VcpuThread};
+use crate::control::{
+    Actions, Cause, ErrorAction, Event, Notice, PanicAction, RebootAction, Remote, RunState, Shared,
+    ShutdownAction,
+};
+use crate::vcpu::VcpuThread;
 use crate::{Acceleration, Error, Result, kernel};
 use accel::{CpuState, Exit, SystemEvent};
 use bus::{Chardev, SystemRequest};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, mpsc};
 
 /// Character devices by id, made by the front door.
@@ -29,45 +33,6 @@ pub enum Outcome {
     Broken(String),
 }
 
-pub(crate) enum Event {
-    System(SystemRequest),
-    Stopped(u32, Stop),
-    Control(Control),
-}
-
-/// What front doors ask of a running machine.
-pub(crate) enum Control {
-    Quit,
-    PowerButton,
-    Reset,
-}
-
-/// A handle to control a running machine from any thread.
-#[derive(Clone)]
-pub struct Remote(mpsc::Sender<Event>);
-
-impl Remote {
-    /// Ends the machine at once, as pulling the plug.
-    pub fn quit(&self) {
-        self.send(Control::Quit);
-    }
-
-    /// Presses the power button.
-    pub fn power_button(&self) {
-        self.send(Control::PowerButton);
-    }
-
-    /// Presses the reset button.
-    pub fn reset(&self) {
-        self.send(Control::Reset);
-    }
-
-    fn send(&self, control: Control) {
-        // A machine that has ended already needs no control.
-        let _ = self.0.send(Event::Control(control));
-    }
-}
-
 /// A virtual machine.
 pub struct Machine {
     // Dropped in this order: vCPUs stop before the devices that they call go.
@@ -75,8 +40,15 @@ pub struct Machine {
     reset_states: Vec<CpuState>,
     built: Built,
     blueprint: Blueprint,
+    accel_name: &'static str,
     events: mpsc::Receiver<Event>,
+    /// Events that arrived while older ones were dropped.
+    deferred: VecDeque<Event>,
     remote: Remote,
+    shared: Arc<Shared>,
+    /// What to do at the guest's ends; changes take effect at once.
+    pub actions: Actions,
+    ending: Option<Outcome>,
 }
 
 impl Machine {
@@ -86,7 +58,8 @@ impl Machine {
     /// Anything wrong with the description, the files it names or the host.
     pub fn new(blueprint: Blueprint, acceleration: &Acceleration, chardevs: Chardevs) -> Result<Self> {
         let (sender, events) = mpsc::channel();
-        let remote = Remote(sender.clone());
+        let shared = Arc::new(Shared::default());
+        let remote = Remote::new(sender.clone(), shared.clone());
         let requests = sender.clone();
         let system = bus::System::new(move |request| {
             // The machine outlives its devices; while it goes away nobody needs to hear.
@@ -110,7 +83,20 @@ impl Machine {
                 .map_err(|source| Error::Host { what: "cannot start a vCPU thread".into(), source })?;
             vcpus.push(thread);
         }
-        Ok(Self { vcpus, reset_states, built, blueprint, events, remote })
+        let actions = blueprint.actions;
+        Ok(Self {
+            vcpus,
+            reset_states,
+            built,
+            blueprint,
+            accel_name: acceleration.accel.name(),
+            events,
+            deferred: VecDeque::new(),
+            remote,
+            shared,
+            actions,
+            ending: None,
+        })
     }
 
     /// A handle for other threads.
@@ -118,53 +104,211 @@ impl Machine {
         self.remote.clone()
     }
 
-    /// Runs the machine until it ends.
+    /// Runs the machine until it ends; a blueprint that says `paused` waits for [`Self::resume`] first.
     ///
     /// # Errors
     /// The host failed.
     pub fn run(&mut self) -> Result<Outcome> {
-        self.built.start()?;
-        self.vcpus.iter().for_each(VcpuThread::run);
-        let outcome = loop {
-            // The machine holds a sender itself, so this never fails.
-            let Ok(event) = self.events.recv() else { break Outcome::Quit };
-            match event {
-                Event::Control(Control::Quit) => break Outcome::Quit,
-                Event::Control(Control::PowerButton) => self.built.power_button(),
-                Event::System(SystemRequest::PowerOff) => break Outcome::PoweredOff,
-                Event::System(SystemRequest::Exit(status)) => break Outcome::Exited(status),
-                Event::System(SystemRequest::GuestPanicked) => break Outcome::Panicked,
-                Event::System(SystemRequest::Reset) | Event::Control(Control::Reset) => {
-                    if self.blueprint.no_reboot {
-                        break Outcome::Reset;
-                    }
-                    self.reset()?;
-                }
-                Event::Stopped(index, Ok(exit)) => match exit {
-                    Exit::Shutdown | Exit::SystemEvent(SystemEvent::Reset) => {
-                        tracing::info!("vCPU {index}: triple fault or reset request");
-                        if self.blueprint.no_reboot {
-                            break Outcome::Reset;
-                        }
-                        self.reset()?;
-                    }
-                    Exit::SystemEvent(SystemEvent::PowerOff) => break Outcome::PoweredOff,
-                    Exit::SystemEvent(SystemEvent::Crash) => break Outcome::Panicked,
-                    Exit::InternalError(text) => break Outcome::Broken(format!("vCPU {index}: {text}")),
-                    Exit::Debug(stop) => {
-                        break Outcome::Broken(format!("vCPU {index}: unexpected debug stop {stop:?}"));
-                    }
-                    Exit::Kicked => {}
+        let outcome = self.events_until_the_end();
+        self.stop();
+        outcome
+    }
+
+    fn events_until_the_end(&mut self) -> Result<Outcome> {
+        if !self.blueprint.paused {
+            self.resume()?;
+        }
+        loop {
+            let event = match self.deferred.pop_front() {
+                Some(event) => event,
+                // The machine holds a sender itself, so this never fails.
+                None => match self.events.recv() {
+                    Ok(event) => event,
+                    Err(_) => return Ok(Outcome::Quit),
                 },
-                Event::Stopped(index, Err(e)) => {
-                    tracing::error!("vCPU {index}: {e}");
-                    self.stop();
-                    return Err(e.into());
+            };
+            if let Some(outcome) = self.handle(event)? {
+                return Ok(outcome);
+            }
+            if let Some(outcome) = self.ending.take() {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<Option<Outcome>> {
+        Ok(match event {
+            Event::Call(call) => {
+                call(self);
+                None
+            }
+            Event::Quit(cause) => {
+                self.shared.tell(&Notice::Shutdown(cause));
+                Some(Outcome::Quit)
+            }
+            Event::PowerButton => {
+                self.power_button();
+                None
+            }
+            Event::Reset(cause) => self.reset_or_end(cause)?,
+            Event::System(request) => self.requested(request)?,
+            Event::Stopped(index, Ok(exit)) => self.stopped(index, exit)?,
+            Event::Stopped(index, Err(e)) => {
+                tracing::error!("vCPU {index}: {e}");
+                return Err(e.into());
+            }
+        })
+    }
+
+    /// A device's request.
+    fn requested(&mut self, request: SystemRequest) -> Result<Option<Outcome>> {
+        Ok(match request {
+            SystemRequest::PowerOff => self.shut_down(Cause::GuestShutdown, Outcome::PoweredOff),
+            SystemRequest::Exit(status) => {
+                self.shared.tell(&Notice::Shutdown(Cause::GuestShutdown));
+                Some(Outcome::Exited(status))
+            }
+            SystemRequest::GuestPanicked => self.panicked(),
+            SystemRequest::Reset => self.reset_or_end(Cause::GuestReset)?,
+            SystemRequest::Notice(name, data) => {
+                self.shared.tell(&Notice::Device(name, data));
+                None
+            }
+        })
+    }
+
+    /// A vCPU has stopped by itself.
+    fn stopped(&mut self, index: u32, exit: Exit) -> Result<Option<Outcome>> {
+        Ok(match exit {
+            Exit::Shutdown | Exit::SystemEvent(SystemEvent::Reset) => {
+                tracing::info!("vCPU {index}: triple fault or reset request");
+                self.reset_or_end(Cause::GuestReset)?
+            }
+            Exit::SystemEvent(SystemEvent::PowerOff) => {
+                self.shut_down(Cause::GuestShutdown, Outcome::PoweredOff)
+            }
+            Exit::SystemEvent(SystemEvent::Crash) => self.panicked(),
+            Exit::InternalError(text) => {
+                let text = format!("vCPU {index}: {text}");
+                match self.actions.error {
+                    ErrorAction::End => Some(Outcome::Broken(text)),
+                    ErrorAction::Pause => {
+                        tracing::error!("{text}");
+                        self.halt(RunState::InternalError);
+                        None
+                    }
                 }
             }
+            Exit::Debug(stop) => {
+                self.halt(RunState::Debug);
+                self.shared.tell(&Notice::Debug(index, stop));
+                None
+            }
+            Exit::Kicked => None,
+        })
+    }
+
+    fn reset_or_end(&mut self, cause: Cause) -> Result<Option<Outcome>> {
+        if self.actions.reboot == RebootAction::Shutdown {
+            return Ok(self.shut_down(cause, Outcome::Reset));
+        }
+        self.reset(cause)?;
+        Ok(None)
+    }
+
+    fn shut_down(&mut self, cause: Cause, outcome: Outcome) -> Option<Outcome> {
+        self.shared.tell(&Notice::Shutdown(cause));
+        if self.actions.shutdown == ShutdownAction::Pause {
+            self.halt(RunState::Shutdown);
+            return None;
+        }
+        Some(outcome)
+    }
+
+    fn panicked(&mut self) -> Option<Outcome> {
+        let action = match self.actions.panic {
+            PanicAction::Pause => "pause",
+            PanicAction::Shutdown | PanicAction::ExitFailure => "poweroff",
+            PanicAction::None => "run",
         };
-        self.stop();
-        Ok(outcome)
+        self.shared.tell(&Notice::GuestPanicked(action));
+        match self.actions.panic {
+            PanicAction::None => None,
+            PanicAction::Pause => {
+                self.halt(RunState::GuestPanicked);
+                None
+            }
+            PanicAction::Shutdown => self.shut_down(Cause::GuestPanic, Outcome::Panicked),
+            PanicAction::ExitFailure => {
+                self.shared.tell(&Notice::Shutdown(Cause::GuestPanic));
+                Some(Outcome::Panicked)
+            }
+        }
+    }
+
+    /// What the machine is doing.
+    pub fn state(&self) -> RunState {
+        self.shared.state()
+    }
+
+    /// The blueprint it was built from.
+    pub fn blueprint(&self) -> &Blueprint {
+        &self.blueprint
+    }
+
+    /// Short name of the accelerator: `kvm` or `soft`.
+    pub fn accel_name(&self) -> &'static str {
+        self.accel_name
+    }
+
+    /// Lets the vCPUs run. Does nothing if they do.
+    ///
+    /// # Errors
+    /// A machine that must be reset first, or the host's refusal.
+    pub fn resume(&mut self) -> Result<()> {
+        let state = self.state();
+        if state == RunState::Running {
+            return Ok(());
+        }
+        if state.needs_reset() {
+            return Err(Error::Config("Resetting the Virtual Machine is required".into()));
+        }
+        self.built.start()?;
+        self.shared.set_state(RunState::Running);
+        self.shared.tell(&Notice::Resume);
+        self.vcpus.iter().for_each(VcpuThread::run);
+        Ok(())
+    }
+
+    /// Stops vCPUs, devices and the guest's time. A machine that is stopped already only changes from prelaunch.
+    pub fn pause(&mut self) {
+        if self.state() == RunState::Running {
+            self.halt(RunState::Paused);
+        }
+    }
+
+    /// Stops everything, and says why.
+    pub fn halt(&mut self, state: RunState) {
+        let was = self.state();
+        if was == RunState::Running {
+            self.stop();
+        }
+        self.shared.set_state(state);
+        if was == RunState::Running {
+            self.shared.tell(&Notice::Stop);
+        }
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&mut self) {
+        self.shared.tell(&Notice::Powerdown);
+        self.built.power_button();
+    }
+
+    /// Ends the machine when the present event has been dealt with.
+    pub fn end(&mut self, cause: Cause) {
+        self.shared.tell(&Notice::Shutdown(cause));
+        self.ending = Some(Outcome::Quit);
     }
 
     /// Accelerator counters, for `--stats`.
@@ -178,30 +322,54 @@ impl Machine {
         self.built.pause();
     }
 
-    /// Back to power-on: RAM cleared, devices and vCPUs reset, the kernel loaded anew.
-    fn reset(&mut self) -> Result<()> {
-        self.stop();
-        // What was requested before the reset is void.
+    /// Back to power-on: RAM cleared, devices and vCPUs reset, the kernel loaded anew. A stopped machine stays so.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded any more, or the host failed.
+    pub fn reset(&mut self, cause: Cause) -> Result<()> {
+        let running = self.state() == RunState::Running;
+        if running {
+            self.stop();
+        }
+        // What the guest requested before the reset is void.
         while let Ok(event) = self.events.try_recv() {
-            if matches!(event, Event::Control(Control::Quit)) {
-                self.remote.quit();
-                break;
+            match event {
+                Event::System(SystemRequest::Notice(..)) => self.deferred.push_back(event),
+                Event::System(_) | Event::Stopped(..) => {}
+                other => self.deferred.push_back(other),
             }
         }
         self.built.reset();
-        let entry = self.built.load_kernel(&self.blueprint)?;
-        for (index, thread) in self.vcpus.iter().enumerate() {
-            let mut state = self.reset_states[index].clone();
-            if index == 0 {
-                entry.apply(&mut state, &self.built.memory)?;
-            }
-            if let Some(result) = thread.with(move |vcpu| vcpu.load(&state)) {
-                result?;
+        if !self.vcpus.is_empty() {
+            let entry = self.built.load_kernel(&self.blueprint)?;
+            for (index, thread) in self.vcpus.iter().enumerate() {
+                let mut state = self.reset_states[index].clone();
+                if index == 0 {
+                    entry.apply(&mut state, &self.built.memory)?;
+                }
+                if let Some(result) = thread.with(move |vcpu| vcpu.load(&state)) {
+                    result?;
+                }
             }
         }
-        self.built.start()?;
-        self.vcpus.iter().for_each(VcpuThread::run);
+        self.shared.tell(&Notice::Reset(cause));
+        if running {
+            self.built.start()?;
+            self.vcpus.iter().for_each(VcpuThread::run);
+        } else {
+            self.shared.set_state(RunState::Prelaunch);
+        }
         Ok(())
+    }
+
+    /// The vCPU threads.
+    pub(crate) fn vcpus(&self) -> &[VcpuThread] {
+        &self.vcpus
+    }
+
+    /// What the board put together.
+    pub(crate) fn built(&self) -> &Built {
+        &self.built
     }
 }
 

@@ -38,6 +38,7 @@ pub(crate) type Stop = Result<Exit, accel::Error>;
 pub(crate) struct VcpuThread {
     shared: Arc<Shared>,
     kicker: Kicker,
+    thread_id: i32,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -55,8 +56,11 @@ impl VcpuThread {
         });
         let kicker = vcpu.kicker();
         let mine = shared.clone();
+        let (tell_id, id) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(1 << 20).spawn(
             move || {
+                // The creator waits for it.
+                let _ = tell_id.send(rustix::thread::gettid().as_raw_nonzero().get());
                 while wait_for_work(&mine, vcpu.as_mut()) {
                     match vcpu.run(&*io) {
                         Ok(Exit::Kicked) => {}
@@ -72,7 +76,13 @@ impl VcpuThread {
                 }
             },
         )?;
-        Ok(Self { shared, kicker, thread: Some(thread) })
+        let thread_id = id.recv().map_err(io::Error::other)?;
+        Ok(Self { shared, kicker, thread_id, thread: Some(thread) })
+    }
+
+    /// The host's id of the thread.
+    pub(crate) fn thread_id(&self) -> i32 {
+        self.thread_id
     }
 
     /// Lets it run.
@@ -83,8 +93,27 @@ impl VcpuThread {
 
     /// Asks it to park, without waiting.
     pub(crate) fn park(&self) {
-        self.shared.lock().wanted = Wanted::Park;
+        self.interrupt();
+    }
+
+    /// As [`Self::park`]; returns whether it was to run.
+    fn interrupt(&self) -> bool {
+        let before = std::mem::replace(&mut self.shared.lock().wanted, Wanted::Park);
         self.kicker.kick();
+        before == Wanted::Run
+    }
+
+    /// Does something with the vCPU on its own thread, between two instructions of the guest if it runs.
+    pub(crate) fn visit<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut dyn Vcpu) -> R + Send + 'static,
+    ) -> Option<R> {
+        let ran = self.interrupt();
+        let result = self.with(f);
+        if ran {
+            self.run();
+        }
+        result
     }
 
     /// Waits until it is parked.

@@ -6,6 +6,7 @@ use base::props::{Bag, Properties, parse_keyval};
 use bus::Chardev;
 use devices::{find_model, models};
 use machine::blueprint::{BlockSpec, Blueprint, BoardSpec, MemorySpec};
+use machine::control::{Actions, RebootAction};
 use machine::kernel::{EntryMode, KernelSpec};
 use machine::topology::SmpSpec;
 use machine::{BOARDS, Chardevs};
@@ -117,7 +118,10 @@ impl Args {
             smp: self.smp()?,
             memory: self.memory()?,
             kernel: self.kernel(),
-            no_reboot: self.no_reboot,
+            actions: Actions {
+                reboot: if self.no_reboot { RebootAction::Shutdown } else { RebootAction::Reset },
+                ..Actions::default()
+            },
             ..Blueprint::default()
         };
         match self.serial.split_once(':') {

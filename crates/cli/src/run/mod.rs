@@ -26,7 +26,6 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
         acceleration.reason,
         if args.uses_terminal() { "; Ctrl-A h for help, Ctrl-A x to quit" } else { "" }
     );
-    let no_reboot = blueprint.no_reboot;
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
     let raw = if args.uses_terminal() {
         RawMode::enter().map_err(|e| Failure {
@@ -64,10 +63,7 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
     match outcome? {
         Outcome::PoweredOff | Outcome::Quit => Ok(0),
         Outcome::Exited(code) => Ok(code),
-        Outcome::Reset => {
-            debug_assert!(no_reboot);
-            Ok(status::GUEST_RESET)
-        }
+        Outcome::Reset => Ok(status::GUEST_RESET),
         Outcome::Panicked => {
             Err(Failure { status: status::GUEST_PANIC, message: "the guest panicked".into() })
         }
@@ -88,7 +84,7 @@ fn watch_signals(remote: machine::Remote, stdio: Arc<Stdio>) -> Result<(), Failu
                 match signal {
                     SIGWINCH => stdio.resized(),
                     _ => {
-                        remote.quit();
+                        remote.quit_because(machine::Cause::HostSignal);
                         terminal::restore();
                     }
                 }
