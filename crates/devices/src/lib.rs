@@ -2,6 +2,8 @@
 
 pub mod chipset;
 mod model;
+mod place;
 pub mod virtio;
 
-pub use model::{CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models};
+pub use model::{CreateChild, CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models};
+pub use place::{ChildBus, PciDevice, PciPlace, PlaceSpec};

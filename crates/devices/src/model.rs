@@ -1,7 +1,9 @@
 //! The table of models that users can name (`--device NAME,...`).
 
 use crate::chipset;
+use crate::place::{ChildBus, PciDevice, PciPlace, PlaceSpec};
 use crate::virtio::{self, VirtioDevice};
+use accel::{Doorbells, Irqs};
 use base::props::{Bag, PropError, Properties};
 use base::{Timers, nearest};
 use bus::{Chardev, System};
@@ -23,6 +25,14 @@ pub trait Parts {
     fn isa_irq(&mut self, irq: u8) -> Result<bus::IrqLine, CreateError> {
         Err(CreateError::Other(format!("this machine has no ISA interrupts, so no IRQ {irq}")))
     }
+    /// Interrupts, for message-signalled ones.
+    fn irqs(&self) -> Arc<dyn Irqs>;
+    /// Shortcuts between queues and interrupts, where the accelerator has them.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
+    /// Tells that the device being created brings a bus along. The machine names it after the device.
+    fn offer_bus(&mut self, bus: ChildBus);
     /// Number of vCPUs, for devices whose queues default to one for each.
     fn vcpus(&self) -> u32 {
         1
@@ -76,7 +86,19 @@ pub enum Kind {
     Virtio(CreateVirtio),
     /// A device on ISA ports.
     Isa(fn(&Bag, &mut dyn Parts) -> Result<IsaDevice, CreateError>),
+    /// A PCI function.
+    Pci(fn(&Bag, &mut dyn Parts, &PciPlace) -> Result<PciDevice, CreateError>),
+    /// A device on a bus that another device brings ([`ChildBus::kind`]); it attaches itself.
+    Child {
+        /// The kind of bus.
+        bus: &'static str,
+        /// Builds and attaches it.
+        create: CreateChild,
+    },
 }
+
+/// Builds a device and attaches it to the bus.
+pub type CreateChild = fn(&Bag, &mut dyn Parts, &ChildBus) -> Result<(), CreateError>;
 
 /// A model: one `pub const MODEL` in its file, one line in [`models`].
 pub struct Model {
@@ -88,6 +110,27 @@ pub struct Model {
     pub properties: fn() -> Properties,
     /// How it is built.
     pub kind: Kind,
+}
+
+impl Model {
+    /// The names it answers to. Virtio models have one for each transport: `NAME-pci`, `NAME-device` (virtio-mmio) and
+    /// the bare name, which takes what the machine has.
+    pub fn names(&self) -> Vec<String> {
+        match self.kind {
+            Kind::Virtio(_) => ["-pci", "-device", ""].map(|suffix| self.name.to_owned() + suffix).into(),
+            Kind::Isa(_) | Kind::Pci(_) | Kind::Child { .. } => vec![self.name.into()],
+        }
+    }
+
+    /// All properties, those of its place among them.
+    pub fn all_properties(&self) -> Properties {
+        let mut all = (self.properties)();
+        match self.kind {
+            Kind::Virtio(_) | Kind::Pci(_) => all.0.extend(PlaceSpec::properties().0),
+            Kind::Isa(_) | Kind::Child { .. } => {}
+        }
+        all
+    }
 }
 
 /// All models.
@@ -103,25 +146,13 @@ pub fn models() -> &'static [&'static Model] {
     ]
 }
 
-/// The model a user names. Virtio models answer to `NAME-pci`, `NAME-device` (virtio-mmio) and the bare name.
+/// The model a user names, by one of its [`Model::names`].
 ///
 /// # Errors
 /// Says which name is nearest.
 pub fn find_model(name: &str) -> Result<&'static Model, CreateError> {
-    let matches = |m: &&&Model| match m.kind {
-        Kind::Virtio(_) => {
-            name.strip_prefix(m.name).is_some_and(|rest| ["", "-pci", "-device"].contains(&rest))
-        }
-        Kind::Isa(_) => m.name == name,
-    };
-    models().iter().find(matches).copied().ok_or_else(|| {
-        let names: Vec<String> = models()
-            .iter()
-            .map(|m| match m.kind {
-                Kind::Virtio(_) => format!("{}-pci", m.name),
-                Kind::Isa(_) => m.name.to_owned(),
-            })
-            .collect();
+    models().iter().find(|m| m.names().iter().any(|n| n == name)).copied().ok_or_else(|| {
+        let names: Vec<String> = models().iter().filter_map(|m| m.names().into_iter().next()).collect();
         let hint = match nearest(name, names.iter().map(String::as_str)) {
             Some(near) => format!("did you mean '{near}'?"),
             None => "'--device help' lists what there is".into(),

@@ -161,9 +161,15 @@ impl PciBus {
         self.table().into_iter().map(|(k, s)| (k >> 3, k & 7, s.function)).collect()
     }
 
-    /// The functions as devices, for start, pause, reset, save and load.
+    /// The functions as devices, for start, pause, reset, save and load; those behind bridges too.
     pub fn devices(&self) -> Vec<SharedDevice> {
-        self.table().into_values().map(|s| s.device).collect()
+        let mut all = Vec::new();
+        for slot in self.table().into_values() {
+            let behind = lock(&slot.function).secondary();
+            all.push(slot.device);
+            all.extend(behind.map(|bus| bus.devices()).unwrap_or_default());
+        }
+        all
     }
 
     /// The interrupt input of a slot's pin (0 for INTA). Behind a bridge pins rotate by device number

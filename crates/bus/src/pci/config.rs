@@ -420,7 +420,7 @@ impl Config {
     }
 
     /// Marks the device as having several functions, also after reset.
-    pub(super) fn set_multifunction(&mut self) {
+    pub fn set_multifunction(&mut self) {
         let at = usize::from(reg::HEADER_TYPE);
         self.bytes[at] |= 0x80;
         if let Some(built) = &mut self.built {

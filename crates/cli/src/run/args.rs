@@ -75,7 +75,7 @@ impl Args {
             let bag = Bag::parse(text, "driver")?;
             if bag.wants_help() {
                 let model = find_model(&bag.driver).map_err(Failure::usage)?;
-                return Ok(Some((model.properties)().help(&bag.driver)));
+                return Ok(Some(model.all_properties().help(&bag.driver)));
             }
         }
         if self.machine == "help" {
@@ -182,11 +182,8 @@ impl Args {
 fn device_list() -> String {
     let mut out = String::new();
     for model in models() {
-        let name = match model.kind {
-            devices::Kind::Virtio(_) => format!("{}-pci, {0}-device", model.name),
-            devices::Kind::Isa(_) => model.name.to_owned(),
-        };
-        out += &format!("{name:<44} {}\n", model.about);
+        let names: Vec<_> = model.names().into_iter().take(2).collect();
+        out += &format!("{:<44} {}\n", names.join(", "), model.about);
     }
     out
 }

@@ -50,6 +50,10 @@ impl Parts for Workshop {
     fn system(&self) -> &System {
         &self.system
     }
+    fn irqs(&self) -> Arc<dyn accel::Irqs> {
+        Arc::new(bus::virtio::testing::Notes::default())
+    }
+    fn offer_bus(&mut self, _: crate::ChildBus) {}
     fn take_drive(&mut self, _: &str) -> Result<Arc<Image>, CreateError> {
         let options = OpenOptions::reader(Some("raw"));
         let path = self.disk.path().to_str().unwrap();

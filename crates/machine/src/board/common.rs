@@ -1,22 +1,11 @@
-//! What boards have in common: interrupt controllers, legacy devices, plugging.
+//! What boards have in common: interrupt controllers, legacy devices.
 
 use super::Builder;
-use super::parts::Context;
-use crate::acpi::{HPET_BASE, SerialPort, VirtioMmio as AcpiVirtioMmio};
+use crate::acpi::{HPET_BASE, SerialPort};
 use crate::{Error, Result};
-use base::props::Bag;
-use bus::virtio::{Platform, VirtioMmio, VirtioPci};
 use bus::{Device, RegionId, SharedDevice, Space, shared};
 use devices::chipset::{Hpet, Irqchip, IrqchipDevice, LegacyLine, Pit, Serial};
-use devices::{Kind, find_model};
 use std::sync::{Arc, Mutex};
-
-/// A place for a virtio-mmio transport.
-#[derive(Clone, Copy)]
-pub(super) struct MmioSlot {
-    pub(super) base: u64,
-    pub(super) gsi: u32,
-}
 
 /// First port and interrupt of the PC's serial ports.
 const SERIAL_PORTS: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
@@ -93,83 +82,5 @@ impl Builder {
 
     fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn bus::Chardev>> {
         Ok(super::parts::take_chardev(&mut self.chardevs, id)?)
-    }
-
-    /// Plugs the devices of the blueprint.
-    pub(super) fn plug(&mut self, bags: &[Bag]) -> Result<()> {
-        for bag in bags {
-            self.plug_one(bag)?;
-        }
-        Ok(())
-    }
-
-    fn plug_one(&mut self, bag: &Bag) -> Result<()> {
-        let model = find_model(&bag.driver)?;
-        let mut context = Context {
-            memory: &self.memory,
-            vcpus: self.acpi.topology.count(),
-            timers: &self.timers,
-            system: &self.system,
-            drives: &mut self.drives,
-            chardevs: &mut self.chardevs,
-            irqs: &self.irqs,
-            pins: &mut self.pins,
-        };
-        match model.kind {
-            Kind::Isa(create) => {
-                let isa = create(bag, &mut context)?;
-                let (start, len) = isa.ports;
-                self.bus.map_shared(
-                    Space::Port,
-                    start.into(),
-                    len.into(),
-                    model.name,
-                    isa.device.clone(),
-                    RegionId(0),
-                )?;
-                self.devices.push(isa.device);
-                Ok(())
-            }
-            Kind::Virtio(create) => {
-                let device = create(bag, &mut context)?;
-                let platform = Platform {
-                    memory: self.memory.clone(),
-                    irqs: self.irqs.clone(),
-                    doorbells: self.vm.doorbells(),
-                };
-                let suffix = bag.driver.strip_prefix(model.name).unwrap_or_default();
-                match (suffix, self.pci.clone()) {
-                    ("-pci" | "", Some(pci)) => {
-                        let slot = pci.free_slot().ok_or_else(|| {
-                            Error::Config(format!("no PCI slot is free for {}", bag.driver))
-                        })?;
-                        let function = shared(VirtioPci::new(device, &platform));
-                        pci.add(slot, 0, &function).map_err(|e| Error::Config(e.to_string()))
-                    }
-                    ("-pci", None) => Err(Error::Config(format!(
-                        "{}: this machine has no PCI bus; use {}-device",
-                        bag.driver, model.name
-                    ))),
-                    _ => self.plug_mmio(&bag.driver, device, &platform),
-                }
-            }
-        }
-    }
-
-    fn plug_mmio(
-        &mut self,
-        name: &str,
-        device: Box<dyn bus::virtio::VirtioDevice>,
-        platform: &Platform,
-    ) -> Result<()> {
-        if self.mmio_slots.is_empty() {
-            return Err(Error::Config(format!("{name}: no virtio-mmio slot is free on this machine")));
-        }
-        let MmioSlot { base, gsi } = self.mmio_slots.remove(0);
-        let line = self.pin(gsi).line();
-        let transport = self.own(VirtioMmio::new(device, platform, base, line));
-        self.bus.map(Space::Memory, base, VirtioMmio::LEN, name, &transport, RegionId(0))?;
-        self.acpi.virtio_mmio.push(AcpiVirtioMmio { base: base as u32, gsi });
-        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `microvm`: the least that boots Linux fast: serial port, virtio-mmio transports, reduced-hardware ACPI. No PCI, no
 //! keyboard controller, no real-time clock (guests take the time from kvm-clock), no power-management timer.
 
-use super::common::MmioSlot;
+use super::plug::MmioSlot;
 use super::{Board, Builder};
 use crate::acpi::{Power, REDUCED_S5_SLEEP_TYPE, RESET_VALUE};
 use crate::blueprint::BoardSpec;

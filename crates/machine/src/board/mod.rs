@@ -3,6 +3,7 @@
 mod common;
 mod microvm;
 mod parts;
+mod plug;
 mod q35;
 
 use crate::acpi::AcpiConfig;
@@ -67,7 +68,8 @@ pub(crate) struct Builder {
     pub(crate) power_button: Option<Box<dyn Fn() + Send>>,
     pub(crate) product: &'static str,
     pins: BTreeMap<u32, Arc<IrqPin>>,
-    mmio_slots: Vec<common::MmioSlot>,
+    mmio_slots: Vec<plug::MmioSlot>,
+    buses: Vec<plug::NamedBus>,
 }
 
 /// A machine put together.
@@ -167,6 +169,7 @@ pub(crate) fn build(
         product: board.product,
         pins: BTreeMap::new(),
         mmio_slots: Vec::new(),
+        buses: Vec::new(),
     };
     if let Some(chip) = &irqchip {
         builder.software_irqchip(chip)?;

@@ -2,10 +2,10 @@
 
 use crate::Chardevs;
 use crate::drives::Drives;
-use accel::Irqs;
+use accel::{Doorbells, Irqs};
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
-use devices::{CreateError, Parts};
+use devices::{ChildBus, CreateError, Parts};
 use memory::GuestMemory;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,6 +18,8 @@ pub(super) struct Context<'a> {
     pub(super) drives: &'a mut Drives,
     pub(super) chardevs: &'a mut Chardevs,
     pub(super) irqs: &'a Arc<dyn Irqs>,
+    pub(super) doorbells: Option<Arc<dyn Doorbells>>,
+    pub(super) offered: &'a mut Vec<ChildBus>,
     pub(super) pins: &'a mut BTreeMap<u32, Arc<IrqPin>>,
 }
 
@@ -36,6 +38,18 @@ impl Parts for Context<'_> {
 
     fn system(&self) -> &System {
         self.system
+    }
+
+    fn irqs(&self) -> Arc<dyn Irqs> {
+        self.irqs.clone()
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        self.doorbells.clone()
+    }
+
+    fn offer_bus(&mut self, bus: ChildBus) {
+        self.offered.push(bus);
     }
 
     fn isa_irq(&mut self, irq: u8) -> Result<IrqLine, CreateError> {

@@ -1,0 +1,226 @@
+//! Plugging the devices of a blueprint into the buses of a board and of each other.
+
+use super::Builder;
+use super::parts::Context;
+use crate::acpi::VirtioMmio as AcpiVirtioMmio;
+use crate::{Error, Result};
+use base::nearest;
+use base::props::Bag;
+use bus::pci::PciBus;
+use bus::virtio::{Platform, VirtioDevice, VirtioMmio, VirtioPci};
+use bus::{RegionId, Space};
+use devices::{ChildBus, CreateError, Kind, Model, PciDevice, PciPlace, PlaceSpec, find_model};
+use std::sync::Arc;
+
+/// A place for a virtio-mmio transport.
+#[derive(Clone, Copy)]
+pub(super) struct MmioSlot {
+    pub(super) base: u64,
+    pub(super) gsi: u32,
+}
+
+/// A bus by name.
+pub(super) struct NamedBus {
+    pub(super) name: String,
+    pub(super) bus: ChildBus,
+}
+
+impl Builder {
+    /// Plugs the devices of the blueprint.
+    pub(super) fn plug(&mut self, bags: &[Bag]) -> Result<()> {
+        for bag in bags {
+            if bag.id.is_some() && bags.iter().filter(|b| b.id == bag.id).count() > 1 {
+                let id = bag.id.as_deref().unwrap_or_default();
+                return Err(Error::Config(format!("there are two devices with the id '{id}'")));
+            }
+            self.plug_one(bag)?;
+        }
+        Ok(())
+    }
+
+    fn plug_one(&mut self, bag: &Bag) -> Result<()> {
+        let model = find_model(&bag.driver)?;
+        let mut bag = bag.clone();
+        let mut offered = Vec::new();
+        match model.kind {
+            Kind::Isa(create) => {
+                let isa = create(&bag, &mut self.context(&mut offered))?;
+                let (start, len) = isa.ports;
+                self.bus.map_shared(
+                    Space::Port,
+                    start.into(),
+                    len.into(),
+                    model.name,
+                    isa.device.clone(),
+                    RegionId(0),
+                )?;
+                self.devices.push(isa.device);
+            }
+            Kind::Pci(create) => {
+                let place = PlaceSpec::take(&mut bag)?;
+                let at = self.pci_place(&bag.driver, &place)?;
+                let device = create(&bag, &mut self.context(&mut offered), &at)?;
+                self.add_pci(&at, &place, device)?;
+            }
+            Kind::Virtio(create) => {
+                let place = PlaceSpec::take(&mut bag)?;
+                let device = create(&bag, &mut self.context(&mut offered))?;
+                let platform = Platform {
+                    memory: self.memory.clone(),
+                    irqs: self.irqs.clone(),
+                    doorbells: self.vm.doorbells(),
+                };
+                let mmio =
+                    bag.driver.ends_with("-device") || (self.pci.is_none() && bag.driver == model.name);
+                if mmio && place != PlaceSpec::default() {
+                    return Err(Error::Config(format!(
+                        "{}: bus=, addr= and multifunction= are for PCI; a virtio-mmio device takes the next free place",
+                        bag.driver
+                    )));
+                }
+                if mmio {
+                    self.plug_mmio(&bag.driver, device, &platform)?;
+                } else {
+                    if self.pci.is_none() {
+                        return Err(Error::Config(format!(
+                            "{}: this machine has no PCI bus; use {}-device",
+                            bag.driver, model.name
+                        )));
+                    }
+                    let at = self.pci_place(&bag.driver, &place)?;
+                    self.add_pci(&at, &place, PciDevice::new(VirtioPci::new(device, &platform)))?;
+                }
+            }
+            Kind::Child { bus: kind, create } => {
+                let wanted = match bag.props.remove("bus") {
+                    None => None,
+                    Some(serde_json::Value::String(name)) => Some(name),
+                    Some(other) => {
+                        return Err(Error::Config(format!("{}: bus={other} is not a bus name", bag.driver)));
+                    }
+                };
+                let bus = self.child_bus(model, kind, wanted.as_deref())?;
+                create(&bag, &mut self.context(&mut offered), &bus)?;
+            }
+        }
+        self.name_buses(&bag, offered);
+        Ok(())
+    }
+
+    fn context<'a>(&'a mut self, offered: &'a mut Vec<ChildBus>) -> Context<'a> {
+        Context {
+            memory: &self.memory,
+            vcpus: self.acpi.topology.count(),
+            timers: &self.timers,
+            system: &self.system,
+            drives: &mut self.drives,
+            chardevs: &mut self.chardevs,
+            irqs: &self.irqs,
+            doorbells: self.vm.doorbells(),
+            pins: &mut self.pins,
+            offered,
+        }
+    }
+
+    /// Keeps the buses that a device brought, under the names QEMU would give them.
+    pub(super) fn name_buses(&mut self, bag: &Bag, offered: Vec<ChildBus>) {
+        for (n, bus) in offered.into_iter().enumerate() {
+            let name = match &bag.id {
+                Some(id) => bus.name(id, n),
+                None => {
+                    let kind = bus.kind();
+                    let others = self.buses.iter().filter(|b| b.bus.kind() == kind).count();
+                    format!("{}.{others}", kind.to_lowercase())
+                }
+            };
+            self.buses.push(NamedBus { name, bus });
+        }
+    }
+
+    /// The bus of the name, or the first of the kind with room.
+    fn find_bus(&self, driver: &str, kind: &str, wanted: Option<&str>) -> Result<Option<ChildBus>> {
+        let Some(wanted) = wanted else {
+            let mut of_kind = self.buses.iter().filter(|b| b.bus.kind() == kind);
+            let free = of_kind.clone().find(|b| b.bus.has_room());
+            return Ok(free.or_else(|| of_kind.next()).map(|b| b.bus.clone()));
+        };
+        // A bus may be named by its device, too.
+        let device = format!("{wanted}.0");
+        match self
+            .buses
+            .iter()
+            .find(|b| b.name == wanted)
+            .or_else(|| self.buses.iter().find(|b| b.name == device))
+        {
+            Some(named) if named.bus.kind() == kind => Ok(Some(named.bus.clone())),
+            Some(named) => Err(Error::Config(format!(
+                "{driver}: bus '{wanted}' is a {} bus, but the device needs a {kind} bus",
+                named.bus.kind()
+            ))),
+            None => {
+                let near = nearest(wanted, self.buses.iter().map(|b| b.name.as_str()))
+                    .map(|n| format!("; did you mean '{n}'?"))
+                    .unwrap_or_default();
+                Err(Error::Config(format!("{driver}: there is no bus '{wanted}'{near}")))
+            }
+        }
+    }
+
+    fn child_bus(&self, model: &Model, kind: &str, wanted: Option<&str>) -> Result<ChildBus> {
+        self.find_bus(model.name, kind, wanted)?.ok_or_else(|| {
+            Error::Config(format!(
+                "{}: this machine has no {kind} bus; add a controller for it before the device",
+                model.name
+            ))
+        })
+    }
+
+    /// Where a PCI device goes.
+    fn pci_place(&self, driver: &str, place: &PlaceSpec) -> Result<PciPlace> {
+        let root = self.pci.as_ref();
+        let bus: Arc<PciBus> = match place.bus.as_deref() {
+            None => root.cloned(),
+            Some("pcie.0" | "pci.0") if root.is_some() => root.cloned(),
+            wanted => self
+                .find_bus(driver, "PCI", wanted)?
+                .map(|bus| match bus {
+                    ChildBus::Pci(bus) => Ok(bus),
+                    other => Err(Error::Config(format!("{driver}: {other:?} is not a PCI bus"))),
+                })
+                .transpose()?,
+        }
+        .ok_or_else(|| Error::Config(format!("{driver}: this machine has no PCI bus")))?;
+        let (slot, function) = match place.address()? {
+            Some(address) => address,
+            None => {
+                let none = || CreateError::Other(format!("no PCI slot is free for {driver}"));
+                (bus.free_slot().ok_or_else(none)?, 0)
+            }
+        };
+        Ok(PciPlace { bus, slot, function })
+    }
+
+    fn add_pci(&mut self, at: &PciPlace, place: &PlaceSpec, device: PciDevice) -> Result<()> {
+        let function = device.function.clone();
+        at.bus
+            .add_shared(at.slot, at.function, device.function, device.device)
+            .map_err(|e| Error::Config(e.to_string()))?;
+        if place.multifunction {
+            let mut function = function.lock().unwrap_or_else(|e| e.into_inner());
+            function.config_mut().set_multifunction();
+        }
+        Ok(())
+    }
+
+    fn plug_mmio(&mut self, name: &str, device: Box<dyn VirtioDevice>, platform: &Platform) -> Result<()> {
+        if self.mmio_slots.is_empty() {
+            return Err(Error::Config(format!("{name}: no virtio-mmio slot is free on this machine")));
+        }
+        let MmioSlot { base, gsi } = self.mmio_slots.remove(0);
+        let line = self.pin(gsi).line();
+        let transport = self.own(VirtioMmio::new(device, platform, base, line));
+        self.bus.map(Space::Memory, base, VirtioMmio::LEN, name, &transport, RegionId(0))?;
+        self.acpi.virtio_mmio.push(AcpiVirtioMmio { base: base as u32, gsi });
+        Ok(())
+    }
+}
