@@ -129,7 +129,10 @@ pub fn time(command: &[String], until: &str, limit: Duration, questions: &Questi
         let mut text = String::new();
         // Without what it said the error is still one.
         let _ = said.rewind().and_then(|()| said.read_to_string(&mut text));
-        format!("{program}: no line {until:?}; it said: {}", text.trim_end())
+        match text.trim_end() {
+            "" => format!("{program}: no line {until:?}"),
+            text => format!("{program}: no line {until:?}; it said: {text}"),
+        }
     })
 }
 

@@ -364,6 +364,7 @@ impl Cpu {
 
     /// Sleeps until a signal comes.
     fn sleep(&mut self) {
+        self.publish_stats();
         let signals = self.signals.clone();
         self.paused(|| signals.wait(Signal::all(), None));
     }
@@ -436,7 +437,8 @@ impl Cpu {
         self.me.set_inside(false);
         let r = f();
         self.me.set_inside(true);
-        if self.signals.pending().contains(Signal::FLUSH) {
+        // Ordered after the store: whoever asks either sees us inside or is seen here.
+        if self.signals.word().load(Ordering::SeqCst) & Signal::FLUSH.bits() != 0 {
             self.answer_asks();
         }
         r
@@ -445,6 +447,8 @@ impl Cpu {
     /// Does what siblings and the VM ask. May be called within an instruction.
     pub(crate) fn answer_asks(&mut self) {
         self.signals.take(Signal::FLUSH);
+        // Before the epoch is read: whoever asks has changed it already.
+        let (number, asks) = self.me.take_asks();
         let epoch = self.vm.map_epoch.load(Ordering::SeqCst);
         if epoch != self.map_epoch {
             self.map_epoch = epoch;
@@ -455,12 +459,12 @@ impl Cpu {
             self.flush_all_tlbs();
             self.code.drop_all();
         }
-        for ask in self.me.take_asks() {
+        for ask in asks {
             match ask {
                 Ask::Drop(page) => self.stats.blocks_dropped += self.code.drop_page(page) as u64,
                 Ask::Protect(page) => self.mmu.tlb.protect(page),
             }
         }
-        self.me.answer();
+        self.me.answer(number);
     }
 }

@@ -11,6 +11,7 @@
 mod accelerator;
 pub mod alu;
 pub mod block;
+pub mod clock;
 pub mod cpuid;
 mod debug;
 pub mod decode;
@@ -29,6 +30,8 @@ pub mod state;
 mod stats;
 mod system;
 mod task;
+#[cfg(test)]
+mod tests;
 pub mod translate;
 mod vcpu;
 pub mod vm;

@@ -205,7 +205,7 @@ impl Cpu {
         base::tsc::now_ordered().wrapping_add(self.msr.tsc_offset)
     }
 
-    fn set_tsc_offset(&mut self, offset: u64) {
+    pub(crate) fn set_tsc_offset(&mut self, offset: u64) {
         self.msr.tsc_offset = offset;
         if let Some(apic) = &self.apic {
             apic.set_tsc_offset(offset);
@@ -383,7 +383,7 @@ impl Cpu {
         let mut b = [0u8; 32];
         // An even version says that the contents are consistent.
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
-        b[8..16].copy_from_slice(&self.vm.start_tsc.wrapping_add(self.msr.tsc_offset).to_le_bytes());
+        b[8..16].copy_from_slice(&self.vm.clock.zero().wrapping_add(self.msr.tsc_offset).to_le_bytes());
         b[24..28].copy_from_slice(&mul.to_le_bytes());
         b[28] = shift as u8;
         b[29] = 1; // PVCLOCK_TSC_STABLE_BIT
@@ -392,7 +392,7 @@ impl Cpu {
 
     /// Fills the guest's `pvclock_wall_clock`: the wall-clock time when the system time was zero.
     fn write_wall_clock(&mut self) {
-        let start = self.vm.start_time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let start = self.vm.clock.zero_time().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let mut b = [0u8; 12];
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&(start.as_secs() as u32).to_le_bytes());

@@ -88,7 +88,7 @@ impl SoftVcpu {
         });
         cpu.retable();
         // TSCs of all vCPUs start together, at the VM's birth.
-        cpu.msr.tsc_offset = cpu.vm.start_tsc.wrapping_neg();
+        cpu.msr.tsc_offset = cpu.vm.clock.zero().wrapping_neg();
         if let Some(apic) = &cpu.apic {
             apic.set_tsc_offset(cpu.msr.tsc_offset);
         }
@@ -253,6 +253,19 @@ impl Cpu {
             apic.set_cr8((s.cr8 & 15) as u8);
         }
         for (n, v) in &s.msrs {
+            match *n {
+                // Unlike the guest's own writes, these do not change each other.
+                msr::index::TSC => {
+                    let offset = self.vm.clock.settle(*v);
+                    self.set_tsc_offset(offset);
+                    continue;
+                }
+                msr::index::TSC_ADJUST => {
+                    self.msr.tsc_adjust = *v;
+                    continue;
+                }
+                _ => {}
+            }
             if self.set_msr(*n, *v).is_none() {
                 return bad(format!("MSR {n:#x} cannot be {v:#x}"));
             }

@@ -16,7 +16,6 @@ use crate::vcpu::SoftVcpu;
 use accel::{CpuSignals, Error, Irqs, Result, Signal, Slot, SlotId, Vcpu, VcpuConfig, Vm};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
-use std::time::SystemTime;
 
 /// Words of the filter of writable pages.
 const FILTER_WORDS: usize = 1024;
@@ -39,8 +38,9 @@ pub struct Sibling {
     pub signals: Arc<CpuSignals>,
     /// Whether the vCPU may touch guest memory.
     inside: AtomicBool,
-    asks: Mutex<Vec<Ask>>,
-    /// Number of times that the mailbox was emptied.
+    /// What was asked and not taken yet, and the number of questions so far.
+    asks: Mutex<(u64, Vec<Ask>)>,
+    /// Number of questions answered.
     answered: AtomicU64,
     /// Which pages (hashed host addresses) may have entries in the TLB that allow writing.
     filter: Box<[AtomicU64]>,
@@ -94,25 +94,33 @@ impl Sibling {
         self.inside.store(inside, Ordering::SeqCst);
     }
 
-    /// Takes what was asked.
-    pub fn take_asks(&self) -> Vec<Ask> {
-        std::mem::take(&mut *self.asks.lock().unwrap_or_else(|e| e.into_inner()))
+    /// Takes what was asked, and the number to give to [`Self::answer`].
+    pub fn take_asks(&self) -> (u64, Vec<Ask>) {
+        let mut asks = self.asks.lock().unwrap_or_else(|e| e.into_inner());
+        (asks.0, std::mem::take(&mut asks.1))
     }
 
-    /// Says that everything taken has been done.
-    pub fn answer(&self) {
-        self.answered.fetch_add(1, Ordering::SeqCst);
+    /// Says that everything up to a question has been done.
+    pub fn answer(&self, number: u64) {
+        self.answered.fetch_max(number, Ordering::SeqCst);
     }
 
-    fn ask(&self, ask: Ask) {
-        self.asks.lock().unwrap_or_else(|e| e.into_inner()).push(ask);
+    /// Asks (`None`: only to look at the epoch of the memory map); returns the number of the question.
+    fn ask(&self, ask: Option<Ask>) -> u64 {
+        let number = {
+            let mut asks = self.asks.lock().unwrap_or_else(|e| e.into_inner());
+            asks.0 += 1;
+            asks.1.extend(ask);
+            asks.0
+        };
         self.signals.raise(Signal::FLUSH);
+        number
     }
 
-    /// Waits until the vCPU has emptied its mailbox, or is outside (and will before it comes back).
-    fn wait(&self, answered: u64) {
+    /// Waits until the vCPU has answered, or is outside (and will answer before it comes back).
+    fn wait(&self, number: u64) {
         let mut spins = 0u32;
-        while self.inside.load(Ordering::SeqCst) && self.answered.load(Ordering::SeqCst) == answered {
+        while self.inside.load(Ordering::SeqCst) && self.answered.load(Ordering::SeqCst) < number {
             spins += 1;
             if spins < 200 {
                 std::hint::spin_loop();
@@ -126,12 +134,10 @@ impl Sibling {
 /// What the vCPUs of a VM share.
 #[derive(Debug)]
 pub struct Shared {
-    /// Host TSC when the VM was made: zero of the paravirtual clock.
-    pub start_tsc: u64,
+    /// Clock.
+    pub clock: crate::clock::Clock,
     /// Thunks of the native units.
     pub arena: crate::native::Arena,
-    /// Time of day then.
-    pub start_time: SystemTime,
     map: RwLock<Arc<PhysMap>>,
     /// Changes with the memory map, and when dirty logs are turned on or taken.
     pub map_epoch: AtomicU64,
@@ -148,8 +154,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             arena: crate::native::Arena::new(),
-            start_tsc: base::tsc::now(),
-            start_time: SystemTime::now(),
+            clock: crate::clock::Clock::default(),
             map: RwLock::default(),
             map_epoch: AtomicU64::new(0),
             siblings: RwLock::default(),
@@ -176,9 +181,8 @@ impl Shared {
     pub fn flush(&self) {
         self.map_epoch.fetch_add(1, Ordering::SeqCst);
         for s in self.siblings() {
-            let answered = s.answered.load(Ordering::SeqCst);
-            s.signals.raise(Signal::FLUSH);
-            s.wait(answered);
+            let number = s.ask(None);
+            s.wait(number);
         }
     }
 
@@ -186,7 +190,7 @@ impl Shared {
     pub fn drop_code(&self, me: Option<&Sibling>, host: usize) {
         for s in self.siblings.read().unwrap_or_else(|e| e.into_inner()).iter() {
             if me.is_none_or(|m| m.index != s.index) {
-                s.ask(Ask::Drop(host));
+                s.ask(Some(Ask::Drop(host)));
             }
         }
     }
@@ -201,9 +205,8 @@ impl Shared {
     pub fn protect(&self, me: &Sibling, host: usize) {
         for s in self.siblings() {
             if s.index != me.index && s.may_write(host) {
-                let answered = s.answered.load(Ordering::SeqCst);
-                s.ask(Ask::Protect(host));
-                s.wait(answered);
+                let number = s.ask(Some(Ask::Protect(host)));
+                s.wait(number);
             }
         }
     }
@@ -323,14 +326,11 @@ impl Vm for SoftVm {
     }
 
     fn save(&self) -> Result<Vec<u8>> {
-        Ok(Vec::new())
+        Ok(self.shared.clock.save())
     }
 
     fn load(&self, state: &[u8]) -> Result<()> {
-        if state.is_empty() {
-            return Ok(());
-        }
-        Err(Error::BadState("the software CPU has no interrupt controllers, but the state has".into()))
+        self.shared.clock.load(state)
     }
 
     fn stats(&self) -> Vec<(String, u64)> {

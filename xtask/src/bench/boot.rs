@@ -14,8 +14,8 @@ pub struct Options {
     /// Runs of each; the table shows the fastest and the median
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// Accelerators of Kvasir to measure
-    #[arg(long, value_delimiter = ',', default_value = "soft")]
+    /// Accelerator of Kvasir to measure, with options; may be given several times
+    #[arg(long, value_name = "NAME[,...]", default_values = ["soft", "soft,translate=off"])]
     accel: Vec<String>,
     /// The kvasir program, instead of building one
     #[arg(long, value_name = "FILE")]
@@ -43,6 +43,8 @@ struct Subject {
     command: Vec<String>,
     kernel: [&'static str; 3],
     disk: Vec<String>,
+    /// More words for the guest's kernel.
+    append: String,
     /// When to give up a run.
     limit: Duration,
 }
@@ -53,7 +55,7 @@ impl Subject {
         let mut command = self.tiny(kernel);
         debug_assert!(command.contains(&kernel_option.to_owned()));
         command.extend([initramfs_option.to_owned(), initramfs.display().to_string()]);
-        command.extend([append_option.to_owned(), APPEND.to_owned()]);
+        command.extend([append_option.to_owned(), format!("{APPEND} {}", self.append).trim_end().to_owned()]);
         command
     }
 
@@ -68,6 +70,17 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
+/// Tells the guest's kernel how fast the time-stamp counter is.
+///
+/// QEMU's microvm has nothing but the PIT to find out with. On a busy machine that fails, and the kernel then waits for
+/// ever for a timer interrupt.
+fn tsc_frequency() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let value = text.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(": "));
+    let megahertz: Option<f64> = value.and_then(|(_, number)| number.trim().parse().ok());
+    megahertz.map_or_else(String::new, |megahertz| format!("tsc_early_khz={:.0}", megahertz * 1000.0))
+}
+
 fn qemu(program: &str, machine: &str, disk: &str) -> Subject {
     let disk = match machine {
         "microvm" => format!("-drive id=d,if=none,format=raw,file={disk} -device virtio-blk-device,drive=d"),
@@ -80,6 +93,7 @@ fn qemu(program: &str, machine: &str, disk: &str) -> Subject {
         )),
         kernel: ["-kernel", "-initrd", "-append"],
         disk: words(&disk),
+        append: if machine == "microvm" { tsc_frequency() } else { String::new() },
         // It takes a tenth of that, unless it hangs.
         limit: Duration::from_secs(20),
     }
@@ -94,6 +108,7 @@ fn kvasir(program: &Path, accel: &str, machine: &str, disk: &str, limit: Duratio
         )),
         kernel: ["--kernel", "--initrd", "--append"],
         disk: words(&format!("--disk {disk}")),
+        append: String::new(),
         limit,
     }
 }

@@ -16,7 +16,9 @@ mod v86;
 
 use crate::{SoftAccel, SoftSpec};
 use accel::state::{MpState, Segment, Table, gpr, seg};
-use accel::{Accel, CpuIo, CpuSignals, CpuState, Exit, Kicker, LocalApic, MsrFault, Signal, Slot, Vcpu, VcpuConfig, Vm};
+use accel::{
+    Accel, CpuIo, CpuSignals, CpuState, Exit, Kicker, LocalApic, MsrFault, Signal, Slot, Vcpu, VcpuConfig, Vm,
+};
 use iced_x86::code_asm::*;
 use memory::{Backing, GuestMemory, Region};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -180,7 +182,11 @@ pub(super) struct Guest {
 }
 
 /// Code at an address.
-pub(super) fn assemble(bits: u32, ip: u64, f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+pub(super) fn assemble(
+    bits: u32,
+    ip: u64,
+    f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
     let mut a = CodeAssembler::new(bits).unwrap();
     f(&mut a).unwrap();
     a.assemble(ip).unwrap()
@@ -194,8 +200,8 @@ pub(super) fn done(a: &mut CodeAssembler) -> Result<(), IcedError> {
 
 /// The executors that a test runs with.
 pub(super) fn executors() -> [SoftSpec; 2] {
-    let interpret = SoftSpec { translate: false, ..Default::default() };
-    let translate = SoftSpec { translate: true, threshold: 0, cache: 16 << 20, exact: true };
+    let interpret = SoftSpec { translate: Some(false), ..Default::default() };
+    let translate = SoftSpec { translate: Some(true), threshold: 0, cache: 16 << 20, exact: true };
     [interpret, translate]
 }
 
@@ -222,7 +228,11 @@ impl Guest {
         let cores = (0..cpus)
             .map(|index| {
                 let signals = Arc::new(CpuSignals::new());
-                let apic = Arc::new(Apic { signals: signals.clone(), vector: Mutex::new(None), cr8: AtomicU64::new(0) });
+                let apic = Arc::new(Apic {
+                    signals: signals.clone(),
+                    vector: Mutex::new(None),
+                    cr8: AtomicU64::new(0),
+                });
                 let config = VcpuConfig {
                     index,
                     apic_id: index,
@@ -256,7 +266,12 @@ impl Guest {
     }
 
     /// Puts code at an address.
-    pub(super) fn code(&self, bits: u32, at: u64, f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) {
+    pub(super) fn code(
+        &self,
+        bits: u32,
+        at: u64,
+        f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) {
         self.memory.write(at, &assemble(bits, at, f)).unwrap();
     }
 
@@ -276,7 +291,8 @@ impl Guest {
 
     /// Sets an interrupt gate (DPL 3, so that INT n reaches it) in a 64-bit IDT.
     pub(super) fn gate64(&self, vector: u8, to: u64, ist: u64) {
-        let low = (to & 0xffff) | u64::from(sel::CODE64) << 16 | ist << 32 | 0xee << 40 | (to >> 16 & 0xffff) << 48;
+        let low =
+            (to & 0xffff) | u64::from(sel::CODE64) << 16 | ist << 32 | 0xee << 40 | (to >> 16 & 0xffff) << 48;
         self.put64(at::IDT + u64::from(vector) * 16, low);
         self.put64(at::IDT + u64::from(vector) * 16 + 8, to >> 32);
     }
@@ -374,9 +390,9 @@ impl Guest {
         s
     }
 
-    fn flat(&self, cr0: u64, cs: u16, attributes: u32) -> CpuState {
+    fn flat(&self, control: u64, code: u16, attributes: u32) -> CpuState {
         let mut s = CpuState {
-            cr0,
+            cr0: control,
             rflags: 2,
             rip: at::CODE,
             apic_base: 0xfee0_0900,
@@ -387,7 +403,7 @@ impl Guest {
         };
         s.gpr[gpr::RSP] = at::STACK;
         s.segments = [segment(sel::DATA, 0xc093); 6];
-        s.segments[seg::CS] = segment(cs, attributes);
+        s.segments[seg::CS] = segment(code, attributes);
         s.gdtr = Table { base: at::GDT, limit: 0xff };
         s.idtr = Table { base: at::IDT, limit: 0xfff };
         s.tr = Segment { selector: sel::TSS, base: at::TSS, limit: 0x67, attributes: 0x8b };

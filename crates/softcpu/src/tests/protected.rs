@@ -13,7 +13,10 @@ fn call_gates_change_stacks_and_copy_arguments() {
         let s = g.protected_user();
         let target = at::CODE + 0x800;
         // 32-bit call gate, DPL 3, two arguments.
-        g.descriptor(sel::FREE, (target & 0xffff) | u64::from(sel::CODE32) << 16 | 2 << 32 | 0xec << 40 | (target >> 16) << 48);
+        g.descriptor(
+            sel::FREE,
+            (target & 0xffff) | u64::from(sel::CODE32) << 16 | 2 << 32 | 0xec << 40 | (target >> 16) << 48,
+        );
         g.code(32, target, |a| {
             a.mov(eax, dword_ptr(esp + 8))?;
             a.mov(edx, dword_ptr(esp + 12))?;
@@ -68,7 +71,11 @@ fn segment_limits_and_types() {
 
 #[test]
 fn segments_not_present_name_their_selector() {
-    for (raw, into_ss, vector) in [(0x00cf_1300_0000_ffffu64, false, 11), (0x00cf_1300_0000_ffff, true, 12), (0x00cf_9b00_0000_ffff, true, 13)] {
+    for (raw, into_ss, vector) in [
+        (0x00cf_1300_0000_ffffu64, false, 11),
+        (0x00cf_1300_0000_ffff, true, 12),
+        (0x00cf_9b00_0000_ffff, true, 13),
+    ] {
         each(|mut g| {
             let s = g.protected();
             g.descriptor(sel::FREE, raw);
@@ -201,7 +208,7 @@ fn segment_bases_and_the_stack_width_count() {
         // A 16-bit stack segment at STACK0.
         let base = at::STACK0 - 0x1000;
         s.segments[seg::SS] = Segment { selector: sel::DATA, base, limit: 0xffff, attributes: 0x93 };
-        s.gpr[gpr::RSP] = 0x1234_0002;
+        s.gpr[gpr::RSP] = 0x1234_0000;
         g.code(32, at::CODE, |a| {
             a.mov(dword_ptr(4).fs(), 0x55)?;
             a.push(0x77)?;
@@ -210,7 +217,7 @@ fn segment_bases_and_the_stack_width_count() {
         });
         let s = g.run(&s);
         assert_eq!(g.get32(at::DATA + 4), 0x55);
-        assert_eq!(s.gpr[gpr::RBX], 0x1234_fffe);
-        assert_eq!(g.get32(base + 0xfffe), 0x77);
+        assert_eq!(s.gpr[gpr::RBX], 0x1234_fffc);
+        assert_eq!(g.get32(base + 0xfffc), 0x77);
     });
 }

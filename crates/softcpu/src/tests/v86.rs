@@ -6,7 +6,8 @@ use super::*;
 fn entering(g: &Guest, iopl: u64) -> CpuState {
     let mut s = g.protected();
     s.gpr[gpr::RSP] = at::STACK0 - 0x100;
-    let frame: [u32; 9] = [0, 0x1000, (1 << 17 | iopl << 12 | 2) as u32, at::STACK as u32, 0, 0x40, 0x50, 0x60, 0x70];
+    let frame: [u32; 9] =
+        [0, 0x1000, (1 << 17 | iopl << 12 | 2) as u32, at::STACK as u32, 0, 0x40, 0x50, 0x60, 0x70];
     for (n, v) in frame.iter().enumerate() {
         g.memory.write_obj(s.gpr[gpr::RSP] + n as u64 * 4, v).unwrap();
     }
