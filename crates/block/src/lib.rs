@@ -46,6 +46,7 @@ pub mod jobs;
 pub mod nbd;
 mod options;
 mod range_lock;
+pub mod secret;
 pub mod storage;
 mod throttle;
 

@@ -30,6 +30,16 @@ const fn case(format: &'static str, options: &'static str, checks: bool) -> Case
 const CASES: &[Case] = &[
     case("raw", "", false),
     case("qcow2", "", true),
+    case("qcow2", "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=100", true),
+    case("qcow2", "encrypt.format=aes,encrypt.key-secret=sec0,compat=0.10", true),
+    // Clusters that are preallocated read as zeros, not as whatever they decrypt to; QEMU's own do not.
+    Case {
+        format: "qcow2",
+        options: "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,cluster_size=4096,\
+                  preallocation=metadata,extended_l2=off",
+        theirs: None,
+        checks: true,
+    },
     case("vdi", "", true),
     case("vdi", "static=on", true),
     case("vpc", "", false),
@@ -451,7 +461,14 @@ fn facts_agree_with_qemu() {
         assert_eq!(theirs["encrypted"].as_bool().unwrap_or(false), info.encrypted, "{}", case.name());
         if case.format != "qcow2" {
             let specific = theirs["format-specific"]["data"].clone();
-            assert_eq!(specific, info.specific.unwrap_or_default(), "{}", case.name());
+            let mut own = info.specific.unwrap_or_default();
+            // Not told before QEMU 9.
+            if specific.get("detached-header").is_none()
+                && let Some(facts) = own.as_object_mut()
+            {
+                facts.remove("detached-header");
+            }
+            assert_eq!(specific, own, "{}", case.name());
         }
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use block::{
     Create, Image, OpenOptions, Options, create_image,
-    formats::{Backing, Preallocation, Repair, SnapshotInfo},
+    formats::{Amending, Backing, Preallocation, Repair, SnapshotInfo},
 };
 use common::{Random, qemu_img};
 use std::path::Path;
@@ -266,7 +266,9 @@ fn amending() {
     ] {
         let image = open(&name);
         let mut options = Options::parse(change).unwrap();
-        image.quiesced(|f| f.amend(&mut options)).unwrap();
+        image
+            .quiesced(|f| f.amend(&mut options, &Amending { secrets: &Default::default(), force: false }))
+            .unwrap();
         image.close().unwrap();
         drop(image);
         assert_sound(&name, false);

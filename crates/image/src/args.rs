@@ -1,5 +1,6 @@
 //! Options that commands share.
 
+use crate::objects;
 use block::{CacheMode, Error, Image, OpenOptions, Options, Result};
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -20,33 +21,7 @@ pub(crate) struct Source {
 impl Source {
     /// Secrets that `--object secret,...` defines.
     pub(crate) fn secrets(&self) -> Result<Arc<BTreeMap<String, Vec<u8>>>> {
-        let mut out = BTreeMap::new();
-        for text in &self.object {
-            let (kind, rest) = text.split_once(',').unwrap_or((text, ""));
-            let mut options = Options::parse(rest)?;
-            if kind.trim_start_matches("qom-type=") != "secret" {
-                return Err(Error::usage(format!(
-                    "Invalid parameter '{kind}': only 'secret' objects serve images"
-                )));
-            }
-            let id = options.take("id").ok_or_else(|| Error::usage("Parameter 'id' is missing"))?;
-            let data = match (options.take("data"), options.take("file")) {
-                (Some(data), None) => data.into_bytes(),
-                (None, Some(file)) => {
-                    std::fs::read(&file).map_err(|e| Error::io(format!("Unable to read {file}"), e))?
-                }
-                _ => return Err(Error::usage("'secret' needs either 'data' or 'file'")),
-            };
-            let data = match options.take("format").as_deref() {
-                None | Some("raw") => data,
-                Some(other) => {
-                    return Err(Error::usage(format!("Secret format '{other}' is not supported; use raw")));
-                }
-            };
-            options.finish("object 'secret'")?;
-            out.insert(id, data);
-        }
-        Ok(Arc::new(out))
+        Ok(objects::parse(&self.object)?.secrets)
     }
 
     /// Puts name and format into open options; the result is the name to open.

@@ -5,6 +5,7 @@ mod commands;
 mod copy;
 mod json;
 mod localtime;
+mod objects;
 mod progress;
 mod signals;
 mod text;

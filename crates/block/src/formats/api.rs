@@ -358,6 +358,15 @@ pub trait Bitmaps {
     fn store(&self, name: &str, bits: &[u8]) -> Result<()>;
 }
 
+/// What [`Format::amend`] gets besides its options.
+#[derive(Clone, Copy, Debug)]
+pub struct Amending<'a> {
+    /// Secrets by id, for keys to add or erase.
+    pub secrets: &'a BTreeMap<String, Vec<u8>>,
+    /// Allow changes after which the data may not be accessible any more.
+    pub force: bool,
+}
+
 /// Encryption of guest data as stored.
 pub trait Cipher: Send + Sync {
     /// Decrypts whole sectors in place. `guest` and `host` are where the first byte is as the guest and as the storage counts.
@@ -487,7 +496,7 @@ pub trait Format: Send + Sync {
     }
 
     /// Changes creation options of an existing image.
-    fn amend(&self, _options: &mut Options) -> Result<()> {
+    fn amend(&self, _options: &mut Options, _context: &Amending<'_>) -> Result<()> {
         Err(Error::unsupported("Format driver does not support option amendment"))
     }
 

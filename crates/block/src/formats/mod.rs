@@ -3,7 +3,7 @@
 //! A format is a module with a `pub static DRIVER: Driver`; adding one is its name in the [`formats!`] line below.
 
 mod api;
-mod crypto;
+pub(crate) mod crypto;
 mod support;
 
 pub use api::*;

@@ -2,7 +2,7 @@
 
 use super::{
     Backing, Cipher, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, WriteExtent,
-    crypto::{CipherName, SectorCipher, Tweak},
+    crypto::{SectorCipher, passphrase_cipher, secret},
     support::{self, Shape, Slot, TwoLevel, be32, be64, put},
 };
 use crate::{
@@ -145,13 +145,7 @@ fn probe(input: &ProbeInput<'_>) -> u32 {
 
 /// The cipher made from the secret that the options name.
 fn cipher(options: &mut Options, secrets: &BTreeMap<String, Vec<u8>>) -> Result<Option<SectorCipher>> {
-    let Some(id) = options.take("encrypt.key-secret") else { return Ok(None) };
-    let secret = secrets.get(&id).ok_or_else(|| Error::usage(format!("No secret with id '{id}'")))?;
-    // The passphrase is the key: cut or filled up with zeros.
-    let mut key = [0; 16];
-    let n = secret.len().min(16);
-    key[..n].copy_from_slice(&secret[..n]);
-    SectorCipher::new(CipherName::Aes, "cbc-plain64", &key, Tweak::Guest).map(Some)
+    secret(options, "encrypt.key-secret", secrets)?.map(passphrase_cipher).transpose()
 }
 
 fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {

@@ -5,7 +5,7 @@ use crate::{
     args::{self, Source},
     progress::Progress,
 };
-use block::{Error, OpenOptions};
+use block::{Error, OpenOptions, formats::Amending};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -49,7 +49,9 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
         OpenOptions { cache, no_backing: true, ..Default::default() },
     )?;
     let progress = Progress::new(1, a.progress && !a.quiet, context.personality);
-    image.quiesced(|f| f.amend(&mut options))?;
+    let secrets = a.source.secrets()?;
+    let amending = Amending { secrets: &secrets, force: a.force };
+    image.quiesced(|f| f.amend(&mut options, &amending))?;
     options.finish(&format!("format '{}'", image.driver().name))?;
     image.close()?;
     progress.finish();

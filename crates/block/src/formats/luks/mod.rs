@@ -4,20 +4,17 @@ mod v1;
 mod v2;
 
 use super::{
-    Cipher, Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation,
-    ProbeInput, WriteExtent, crypto::SectorCipher, support,
+    Amending, Cipher, Creation, Driver, Extent, Format, Info, Mapping, Measured, Measurement, Opening, Preallocation,
+    ProbeInput, WriteExtent, crypto::{KeyBytes, SectorCipher, Tweak, secret}, support,
 };
 use crate::{
     Error, Result,
     options::{OptionKind, OptionSpec, Options},
     storage::{Storage, Zeroing},
 };
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionSpec {
@@ -56,42 +53,104 @@ struct Luks {
     /// A size that the header fixes; otherwise the disk ends with the file.
     fixed_size: bool,
     cipher: Option<SectorCipher>,
+    key: Option<KeyBytes>,
     specific: serde_json::Value,
 }
 
 /// What opening a header finds.
-struct Unlocked {
+pub(super) struct Unlocked {
     /// Where the encrypted disk begins.
-    payload: u64,
+    pub(super) payload: u64,
     /// Its length, where the header says so.
-    size: Option<u64>,
-    cipher: Option<SectorCipher>,
-    specific: serde_json::Value,
+    pub(super) size: Option<u64>,
+    pub(super) cipher: Option<SectorCipher>,
+    /// The master key, for putting it into further slots.
+    pub(super) key: Option<KeyBytes>,
+    pub(super) specific: serde_json::Value,
+}
+
+/// The header and key slots of a new encrypted disk; options are LUKS's, without a prefix.
+pub(super) fn build_header(passphrase: &[u8], options: &mut Options) -> Result<Vec<u8>> {
+    v1::build(passphrase, options)
+}
+
+/// Bytes that [`build_header`] gives for these options, which it takes.
+pub(super) fn header_size(options: &mut Options) -> Result<u64> {
+    for name in ["key-secret", "iter-time", "hash-alg"] {
+        options.take(name);
+    }
+    Ok(v1::payload_offset(v1::Choice::take(options)?.key_bytes))
+}
+
+/// Reads a version 1 header inside another format, where sectors are counted as `tweak` says.
+pub(super) fn unlock_inside(
+    storage: &dyn Storage,
+    passphrase: Option<&[u8]>,
+    tweak: Tweak,
+) -> Result<Unlocked> {
+    let mut head = [0; 8];
+    storage.read_at(&mut head, 0)?;
+    if &head[..6] != MAGIC || head[6..] != [0, 1] {
+        return Err(Error::unsupported("The encryption header is not LUKS version 1"));
+    }
+    v1::open(storage, passphrase, tweak)
+}
+
+/// Adds or erases key slots of a version 1 header, as the options `state`, `new-secret`, `old-secret`, `keyslot` and
+/// `iter-time` say.
+pub(super) fn change_keys(
+    storage: &dyn Storage,
+    key: Option<&KeyBytes>,
+    options: &mut Options,
+    context: &Amending<'_>,
+) -> Result<()> {
+    let new = secret(options, "new-secret", context.secrets)?;
+    let old = secret(options, "old-secret", context.secrets)?;
+    let slot = options.take_number("keyslot")?.map(|n| n as usize);
+    let timed = options.get("iter-time").is_some();
+    let milliseconds = v1::iteration_time(options)?;
+    match options.take("state").as_deref() {
+        Some("active") => {
+            let new = new.ok_or_else(|| {
+                Error::usage("'new-secret' is required to activate a keyslot")
+            })?;
+            if old.is_some() {
+                return Err(Error::usage("'old-secret' must not be given when activating keyslots"));
+            }
+            let key = key.ok_or_else(|| Error::usage("Adding a key needs the image unlocked: give key-secret"))?;
+            v1::add_key(storage, key, new, slot, milliseconds, context.force)
+        }
+        Some("inactive") => {
+            if new.is_some() {
+                return Err(Error::usage("'new-secret' must not be given when erasing keyslots"));
+            }
+            if timed {
+                return Err(Error::usage("'iter-time' must not be given when erasing keyslots"));
+            }
+            v1::erase_key(storage, slot, old, context.force)
+        }
+        Some(other) => {
+            Err(Error::usage(format!("Parameter 'state' does not accept value '{other}'; it is active or inactive")))
+        }
+        None => Err(Error::usage("Parameter 'state' is missing; it is active or inactive")),
+    }
 }
 
 fn probe(input: &ProbeInput<'_>) -> u32 {
     if input.head.starts_with(MAGIC) && matches!(input.head.get(6..8), Some([0, 1 | 2])) { 100 } else { 0 }
 }
 
-fn secret<'a>(options: &mut Options, secrets: &'a BTreeMap<String, Vec<u8>>) -> Result<Option<&'a [u8]>> {
-    let Some(id) = options.take("key-secret") else { return Ok(None) };
-    secrets
-        .get(&id)
-        .map(|s| Some(s.as_slice()))
-        .ok_or_else(|| Error::usage(format!("No secret with id '{id}'")))
-}
-
 fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
     let storage = opening.storage;
     let mut head = [0; 8];
     storage.read_at(&mut head, 0)?;
-    let passphrase = secret(opening.options, opening.secrets)?;
+    let passphrase = secret(opening.options, "key-secret", opening.secrets)?;
     if passphrase.is_none() && !opening.no_io {
         return Err(Error::usage("Parameter 'key-secret' is required for cipher"));
     }
     let passphrase = if opening.no_io { None } else { passphrase };
     let unlocked = match (&head[..6] == MAGIC, head[6], head[7]) {
-        (true, 0, 1) => v1::open(&*storage, passphrase)?,
+        (true, 0, 1) => v1::open(&*storage, passphrase, Tweak::Guest)?,
         (true, 0, 2) => v2::open(&*storage, passphrase)?,
         (true, a, b) => {
             return Err(Error::unsupported(format!(
@@ -113,6 +172,7 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         size: AtomicU64::new(size - size % sector),
         fixed_size: unlocked.size.is_some(),
         cipher: unlocked.cipher,
+        key: unlocked.key,
         specific: unlocked.specific,
     }))
 }
@@ -123,9 +183,12 @@ fn preallocation(options: &mut Options) -> Result<Preallocation> {
 
 fn create(creation: Creation<'_>) -> Result<()> {
     let mode = preallocation(creation.options)?;
-    let passphrase = secret(creation.options, creation.secrets)?
+    let passphrase = secret(creation.options, "key-secret", creation.secrets)?
         .ok_or_else(|| Error::usage("Parameter 'key-secret' is required for cipher"))?;
-    let payload = v1::create(&*creation.storage, passphrase, creation.options)?;
+    let header = v1::build(passphrase, creation.options)?;
+    let payload = header.len() as u64;
+    creation.storage.set_size(payload)?;
+    creation.storage.write_at(&header, 0)?;
     let size = creation.size.checked_next_multiple_of(512).and_then(|s| s.checked_add(payload));
     let end = size.ok_or_else(|| Error::usage("Image size too large"))?;
     creation.storage.set_size(end)?;
@@ -134,10 +197,9 @@ fn create(creation: Creation<'_>) -> Result<()> {
 }
 
 fn measure(measurement: Measurement<'_>) -> Result<Measured> {
-    for name in ["key-secret", "iter-time", "ivgen-alg", "ivgen-hash-alg", "hash-alg", "preallocation"] {
-        measurement.options.take(name);
-    }
-    let bytes = v1::payload_offset(v1::Choice::take(measurement.options)?.key_bytes) + measurement.size;
+    measurement.options.take("preallocation");
+    let bytes = header_size(measurement.options)?.checked_add(measurement.size);
+    let bytes = bytes.ok_or_else(|| Error::usage("Image size too large"))?;
     Ok(Measured { required: bytes, fully_allocated: bytes, bitmaps: None })
 }
 
@@ -233,6 +295,13 @@ impl Format for Luks {
 
     fn cipher(&self) -> Option<&dyn Cipher> {
         self.cipher.as_ref().map(|c| c as &dyn Cipher)
+    }
+
+    fn amend(&self, options: &mut Options, context: &Amending<'_>) -> Result<()> {
+        if self.specific.get("version").is_some() {
+            return Err(Error::unsupported("Key slots of LUKS2 images are not changed here; use cryptsetup"));
+        }
+        change_keys(&*self.storages[0], self.key.as_ref(), options, context)
     }
 
     fn created_zeroed(&self) -> bool {

@@ -4,7 +4,7 @@ use super::{MAGIC, MAX_ITERATIONS, Unlocked};
 use crate::{
     Error, Options, Result,
     formats::{
-        crypto::{CipherName, Hash, SectorCipher, Tweak, merge_stripes, split_stripes, wipe},
+        crypto::{CipherName, Hash, KeyBytes, SectorCipher, Tweak, merge_stripes, split_stripes},
         support::{be32, put, random_bytes, random_uuid},
     },
     storage::{Storage, StorageExt},
@@ -168,6 +168,7 @@ impl Header {
             "master-key-iters": self.digest_iterations,
             "uuid": self.uuid,
             "slots": slots,
+            "detached-header": false,
         });
         if !ivgen_hash.is_empty() {
             shown["ivgen-hash-alg"] = ivgen_hash.into();
@@ -190,41 +191,165 @@ impl Slot {
     }
 }
 
-pub(super) fn open(storage: &dyn Storage, passphrase: Option<&[u8]>) -> Result<Unlocked> {
+/// Reads the header.
+fn read(storage: &dyn Storage) -> Result<Header> {
     let mut bytes = [0; HEADER];
     storage.read_at(&mut bytes, 0)?;
-    let header = Header::parse(&bytes)?;
-    let cipher = match passphrase {
-        None => None,
-        Some(passphrase) => Some(unlock(storage, &header, passphrase)?),
-    };
-    Ok(Unlocked { payload: header.payload, size: None, cipher, specific: header.describe() })
+    Header::parse(&bytes)
 }
 
-fn unlock(storage: &dyn Storage, header: &Header, passphrase: &[u8]) -> Result<SectorCipher> {
-    let (name, hash) = (CipherName::parse(&header.cipher)?, Hash::parse(&header.hash)?);
-    let len = header.key_bytes as usize;
-    for slot in header.slots.iter().filter(|s| s.active) {
-        let mut slot_key = vec![0; len];
-        hash.pbkdf2(passphrase, &slot.salt, slot.iterations, &mut slot_key);
-        let mut stripes = storage.read_vec(slot.offset, slot.material(header.key_bytes) as usize)?;
-        let cipher = SectorCipher::new(name, &header.mode, &slot_key, Tweak::Guest)?;
-        cipher.run(false, 0, &mut stripes)?;
-        stripes.truncate(STRIPES as usize * len);
-        let mut key = merge_stripes(hash, &stripes, len);
-        wipe(&mut stripes);
-        wipe(&mut slot_key);
-        let right = header.digest_of(hash, &key) == header.digest;
-        let made = right.then(|| SectorCipher::new(name, &header.mode, &key, Tweak::Guest));
-        wipe(&mut key);
-        if let Some(made) = made {
-            return made;
+pub(super) fn open(storage: &dyn Storage, passphrase: Option<&[u8]>, tweak: Tweak) -> Result<Unlocked> {
+    let header = read(storage)?;
+    let key = passphrase.map(|passphrase| header.master_key(storage, passphrase)).transpose()?;
+    let cipher = match &key {
+        Some(key) => {
+            Some(SectorCipher::new(CipherName::parse(&header.cipher)?, &header.mode, key.bytes(), tweak)?)
         }
+        None => None,
+    };
+    Ok(Unlocked { payload: header.payload, size: None, cipher, key, specific: header.describe() })
+}
+
+impl Header {
+    /// The key that a slot holds if `passphrase` opens it.
+    fn slot_key(&self, storage: &dyn Storage, slot: &Slot, passphrase: &[u8]) -> Result<Option<KeyBytes>> {
+        let (name, hash) = (CipherName::parse(&self.cipher)?, Hash::parse(&self.hash)?);
+        let len = self.key_bytes as usize;
+        let mut derived = KeyBytes::new(vec![0; len]);
+        hash.pbkdf2(passphrase, &slot.salt, slot.iterations, derived.bytes_mut());
+        let mut stripes =
+            KeyBytes::new(storage.read_vec(slot.offset, slot.material(self.key_bytes) as usize)?);
+        SectorCipher::new(name, &self.mode, derived.bytes(), Tweak::Guest)?.run(
+            false,
+            0,
+            stripes.bytes_mut(),
+        )?;
+        let key = KeyBytes::new(merge_stripes(hash, &stripes.bytes()[..STRIPES as usize * len], len));
+        Ok((self.digest_of(hash, key.bytes()) == self.digest).then_some(key))
     }
-    Err(Error::io(
-        "Invalid password, cannot unlock any keyslot",
-        std::io::Error::from_raw_os_error(libc::EPERM),
-    ))
+
+    fn master_key(&self, storage: &dyn Storage, passphrase: &[u8]) -> Result<KeyBytes> {
+        for slot in self.slots.iter().filter(|s| s.active) {
+            if let Some(key) = self.slot_key(storage, slot, passphrase)? {
+                return Ok(key);
+            }
+        }
+        Err(Error::io(
+            "Invalid password, cannot unlock any keyslot",
+            std::io::Error::from_raw_os_error(libc::EPERM),
+        ))
+    }
+
+    /// The stripes of a slot that holds `key` for whoever knows `passphrase`, as they are stored.
+    fn material(&self, slot: &Slot, key: &KeyBytes, passphrase: &[u8]) -> Result<Vec<u8>> {
+        let (name, hash) = (CipherName::parse(&self.cipher)?, Hash::parse(&self.hash)?);
+        let mut derived = KeyBytes::new(vec![0; self.key_bytes as usize]);
+        hash.pbkdf2(passphrase, &slot.salt, slot.iterations, derived.bytes_mut());
+        let mut stripes = split_stripes(hash, key.bytes(), STRIPES as usize)?;
+        stripes.resize(slot.material(self.key_bytes) as usize, 0);
+        SectorCipher::new(name, &self.mode, derived.bytes(), Tweak::Guest)?.run(true, 0, &mut stripes)?;
+        Ok(stripes)
+    }
+}
+
+/// Puts `key` into a slot, given or free, to be opened with `passphrase`.
+pub(super) fn add_key(
+    storage: &dyn Storage,
+    key: &KeyBytes,
+    passphrase: &[u8],
+    slot: Option<usize>,
+    milliseconds: u64,
+    force: bool,
+) -> Result<()> {
+    let mut header = read(storage)?;
+    let index = match slot {
+        Some(i) if i >= SLOTS => {
+            return Err(Error::usage(format!("Invalid keyslot {i}, it must be between 0 and {}", SLOTS - 1)));
+        }
+        Some(i) if header.slots[i].active && !force => {
+            return Err(Error::usage(format!(
+                "Refusing to overwrite active keyslot {i} - please erase it first"
+            )));
+        }
+        Some(i) => i,
+        None => header
+            .slots
+            .iter()
+            .position(|s| !s.active)
+            .ok_or_else(|| Error::usage("Can't add a keyslot - all keyslots are in use"))?,
+    };
+    let mut slot = header.slots[index];
+    random_bytes(&mut slot.salt)?;
+    slot.iterations = rounds(Hash::parse(&header.hash)?, key.bytes().len(), milliseconds);
+    slot.active = true;
+    let material = header.material(&slot, key, passphrase)?;
+    storage.write_at(&material, slot.offset)?;
+    storage.flush()?;
+    header.slots[index] = slot;
+    storage.write_at(&header.encode(), 0)?;
+    storage.flush()
+}
+
+/// Empties a slot, or all that `passphrase` opens.
+pub(super) fn erase_key(
+    storage: &dyn Storage,
+    slot: Option<usize>,
+    passphrase: Option<&[u8]>,
+    force: bool,
+) -> Result<()> {
+    let mut header = read(storage)?;
+    let active = header.slots.iter().filter(|s| s.active).count();
+    let mut doomed = Vec::new();
+    match (slot, passphrase) {
+        (Some(i), _) if i >= SLOTS => {
+            return Err(Error::usage(format!("Invalid keyslot {i}, it must be between 0 and {}", SLOTS - 1)));
+        }
+        (Some(i), passphrase) => {
+            if let Some(p) = passphrase
+                && (!header.slots[i].active || header.slot_key(storage, &header.slots[i], p)?.is_none())
+            {
+                return Err(Error::usage(format!("This keyslot {i} doesn't contain the given password")));
+            }
+            if !header.slots[i].active && !force {
+                return Err(Error::usage(format!("Given keyslot {i} is already erased (inactive)")));
+            }
+            if header.slots[i].active && active == 1 && !force {
+                return Err(Error::usage(format!(
+                    "Attempt to erase the only active keyslot {i} which will erase all the data in the image \
+                     irreversibly - refusing operation"
+                )));
+            }
+            doomed.push(i);
+        }
+        (None, Some(p)) => {
+            for i in 0..SLOTS {
+                if header.slots[i].active && header.slot_key(storage, &header.slots[i], p)?.is_some() {
+                    doomed.push(i);
+                }
+            }
+            if doomed.is_empty() {
+                return Err(Error::usage("No keyslots match given (old) password for erase operation"));
+            }
+            if doomed.len() == active && !force {
+                return Err(Error::usage(
+                    "All the active keyslots match the (old) password that was given and erasing them will erase all \
+                     the data in the image irreversibly - refusing operation",
+                ));
+            }
+        }
+        (None, None) => return Err(Error::usage("To erase keyslot(s), either keyslot index or the password currently contained in them must be given")),
+    }
+    for i in doomed {
+        // The material goes first: a slot marked free whose key could still be read would be no erasure.
+        let mut noise = vec![0; header.slots[i].material(header.key_bytes) as usize];
+        random_bytes(&mut noise)?;
+        storage.write_at(&noise, header.slots[i].offset)?;
+        storage.flush()?;
+        header.slots[i] = Slot { active: false, iterations: 0, salt: [0; SALT], ..header.slots[i] };
+        storage.write_at(&header.encode(), 0)?;
+        storage.flush()?;
+    }
+    Ok(())
 }
 
 /// The algorithms chosen by creation options.
@@ -290,18 +415,24 @@ fn rounds(hash: Hash, out: usize, milliseconds: u64) -> u32 {
     }
 }
 
-/// Writes header and first key slot; the result is where the disk begins.
-pub(super) fn create(storage: &dyn Storage, passphrase: &[u8], options: &mut Options) -> Result<u64> {
-    let choice = Choice::take(options)?;
-    let hash = Hash::parse(&options.take("hash-alg").unwrap_or_else(|| "sha256".into()))?;
+/// How long to derive a key, from the options.
+pub(super) fn iteration_time(options: &mut Options) -> Result<u64> {
     let milliseconds = options.take_number("iter-time")?.unwrap_or(2000);
     if milliseconds == 0 || milliseconds > 3_600_000 {
         return Err(Error::usage("iter-time must be between 1 and 3600000 milliseconds"));
     }
+    Ok(milliseconds)
+}
+
+/// Header and key slots of a new disk, the first of them opened by `passphrase`: all that comes before the encrypted data.
+pub(super) fn build(passphrase: &[u8], options: &mut Options) -> Result<Vec<u8>> {
+    let choice = Choice::take(options)?;
+    let hash = Hash::parse(&options.take("hash-alg").unwrap_or_else(|| "sha256".into()))?;
+    let milliseconds = iteration_time(options)?;
     let len = choice.key_bytes as usize;
     let payload = payload_offset(choice.key_bytes);
-    let mut key = vec![0; len];
-    random_bytes(&mut key)?;
+    let mut key = KeyBytes::new(vec![0; len]);
+    random_bytes(key.bytes_mut())?;
     let mut random = [0; SALT * (SLOTS + 1)];
     random_bytes(&mut random)?;
     let salt = |i: usize| {
@@ -330,19 +461,12 @@ pub(super) fn create(storage: &dyn Storage, passphrase: &[u8], options: &mut Opt
         uuid: format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]),
         slots,
     };
-    header.digest = header.digest_of(hash, &key);
-    let mut slot_key = vec![0; len];
-    hash.pbkdf2(passphrase, &slots[0].salt, slots[0].iterations, &mut slot_key);
-    let mut stripes = split_stripes(hash, &key, STRIPES as usize)?;
-    stripes.resize(slots[0].material(choice.key_bytes) as usize, 0);
-    SectorCipher::new(choice.cipher, &header.mode, &slot_key, Tweak::Guest)?.run(true, 0, &mut stripes)?;
-    wipe(&mut key);
-    wipe(&mut slot_key);
-    storage.set_size(payload)?;
-    storage.write_at(&stripes, slots[0].offset)?;
-    storage.flush()?;
-    storage.write_at(&header.encode(), 0)?;
-    Ok(payload)
+    header.digest = header.digest_of(hash, key.bytes());
+    let stripes = header.material(&slots[0], &key, passphrase)?;
+    let mut out = vec![0; payload as usize];
+    put(&mut out, 0, &header.encode());
+    put(&mut out, slots[0].offset as usize, &stripes);
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -352,11 +476,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample(options: &str) -> MemoryStorage {
-        let memory = MemoryStorage::default();
         let mut options = Options::parse(options).unwrap();
-        create(&memory, b"secret", &mut options).unwrap();
+        let bytes = build(b"secret", &mut options).unwrap();
         options.finish("x").unwrap();
-        memory
+        MemoryStorage::new(bytes)
     }
 
     #[test]
@@ -367,9 +490,9 @@ mod tests {
             "iter-time=10,cipher-alg=twofish-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=ripemd160",
         ] {
             let memory = sample(options);
-            assert!(open(&memory, Some(b"secret")).unwrap().cipher.is_some());
-            assert!(open(&memory, Some(b"Secret")).is_err());
-            assert_eq!(open(&memory, None).unwrap().payload, memory.size().unwrap());
+            assert!(open(&memory, Some(b"secret"), Tweak::Guest).unwrap().cipher.is_some());
+            assert!(open(&memory, Some(b"Secret"), Tweak::Guest).is_err());
+            assert_eq!(open(&memory, None, Tweak::Guest).unwrap().payload, memory.size().unwrap());
         }
         for bad in [
             "cipher-alg=aes",
@@ -381,8 +504,26 @@ mod tests {
             "cipher-alg=aes-192",
         ] {
             let mut options = Options::parse(bad).unwrap();
-            assert!(create(&MemoryStorage::default(), b"x", &mut options).is_err(), "{bad}");
+            assert!(build(b"x", &mut options).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn keys_are_added_and_erased_but_never_the_last() {
+        let memory = sample("iter-time=10");
+        let opens = |p: &[u8]| open(&memory, Some(p), Tweak::Guest).is_ok();
+        let key = open(&memory, Some(b"secret"), Tweak::Guest).unwrap().key.unwrap();
+        assert!(erase_key(&memory, Some(0), None, false).is_err());
+        assert!(erase_key(&memory, None, Some(b"secret"), false).is_err());
+        assert!(add_key(&memory, &key, b"other", Some(0), 10, false).is_err());
+        assert!(add_key(&memory, &key, b"other", Some(8), 10, false).is_err());
+        add_key(&memory, &key, b"other", None, 10, false).unwrap();
+        assert!(opens(b"other") && opens(b"secret"));
+        assert!(erase_key(&memory, None, Some(b"wrong"), false).is_err());
+        erase_key(&memory, None, Some(b"secret"), false).unwrap();
+        assert!(opens(b"other") && !opens(b"secret"));
+        erase_key(&memory, Some(1), None, true).unwrap();
+        assert!(!opens(b"other"));
     }
 
     proptest! {

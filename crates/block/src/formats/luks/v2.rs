@@ -205,7 +205,8 @@ pub(super) fn open(storage: &dyn Storage, passphrase: Option<&[u8]>) -> Result<U
         "uuid": uuid,
         "slots": metadata.keyslots.keys().collect::<Vec<_>>(),
     });
-    Ok(Unlocked { payload: offset, size, cipher, specific })
+    // Key slots of version 2 are not changed here, so that the key is not kept.
+    Ok(Unlocked { payload: offset, size, cipher, key: None, specific })
 }
 
 /// `aes-xts-plain64`: the cipher, and the mode as [`SectorCipher::new`] takes it.

@@ -1,11 +1,12 @@
 //! Changing creation options of an existing image.
 
 use super::{COMPRESSED, COPIED, Meta, OFFSET, Qcow2, ZERO, header};
-use crate::{Error, Options, Result, formats::Backing, storage::StorageExt};
+use crate::{Error, Options, Result, formats::{Amending, Backing}, storage::StorageExt};
 use std::sync::atomic::Ordering;
 
 impl Qcow2 {
-    pub(super) fn amend_options(&self, options: &mut Options) -> Result<()> {
+    pub(super) fn amend_options(&self, options: &mut Options, context: &Amending<'_>) -> Result<()> {
+        self.amend_keys(options, context)?;
         let version = match options.take("compat").as_deref() {
             None => None,
             Some("1.1" | "v3") => Some(3),
@@ -22,7 +23,6 @@ impl Qcow2 {
             "cluster_size",
             "preallocation",
             "encryption",
-            "encrypt.format",
             "extended_l2",
             "compression_type",
         ] {

@@ -1,6 +1,9 @@
 //! Making new images, and saying how large they would get.
 
-use super::header::{self, Header};
+use super::{
+    crypto,
+    header::{self, Header},
+};
 use crate::{
     Context, Error, Options, Result,
     formats::{Creation, Measured, Measurement, Preallocation, qcow2::DRIVER},
@@ -28,7 +31,19 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
     ),
     option("data_file", OptionKind::Text, "File name of an external data file", None),
     option("data_file_raw", OptionKind::Bool, "The external data file must stay valid as a raw image", None),
+    option("encrypt.cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm", None),
+    option("encrypt.cipher-mode", OptionKind::Text, "Name of encryption cipher mode", None),
     option("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes', 'luks'", None),
+    option("encrypt.hash-alg", OptionKind::Text, "Name of encryption hash algorithm", None),
+    option("encrypt.iter-time", OptionKind::Number, "Time to spend in PBKDF in milliseconds", None),
+    option("encrypt.ivgen-alg", OptionKind::Text, "Name of IV generator algorithm", None),
+    option("encrypt.ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm", None),
+    option(
+        "encrypt.key-secret",
+        OptionKind::Text,
+        "ID of secret providing qcow AES key or LUKS passphrase",
+        None,
+    ),
     option(
         "encryption",
         OptionKind::Bool,
@@ -50,6 +65,7 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
 struct Choice {
     header: Header,
     preallocation: Preallocation,
+    encryption: crypto::Choice,
 }
 
 fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice> {
@@ -130,12 +146,7 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
         }
         autoclear |= header::RAW_DATA_FILE;
     }
-    let encrypted = options.take_bool("encryption")?.unwrap_or(false);
-    if let Some(kind) = options.take("encrypt.format").or(encrypted.then(|| "aes".to_owned())) {
-        return Err(Error::unsupported(format!(
-            "Creating qcow2 images encrypted with '{kind}' is not supported yet"
-        )));
-    }
+    let encryption = crypto::Choice::take(options)?;
     let mut preallocation = match options.take("preallocation") {
         Some(mode) => Preallocation::parse(&mode)?,
         None => Preallocation::Off,
@@ -153,7 +164,7 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
         version,
         cluster_bits: cluster_size.trailing_zeros(),
         size,
-        crypt_method: 0,
+        crypt_method: encryption.method(),
         l1_size: 0,
         l1_offset: 0,
         reftable_offset: 0,
@@ -172,25 +183,28 @@ fn choose(size: u64, options: &mut Options, has_backing: bool) -> Result<Choice>
         unknown_extensions: Vec::new(),
         unknown_fields: Vec::new(),
     };
-    Ok(Choice { header, preallocation })
+    Ok(Choice { header, preallocation, encryption })
 }
 
 pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     let size =
         creation.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
-    let Choice { mut header, preallocation } = choose(size, creation.options, creation.backing.is_some())?;
+    let secret_id = creation.options.get("encrypt.key-secret").map(str::to_owned);
+    let Choice { mut header, preallocation, encryption } = choose(size, creation.options, creation.backing.is_some())?;
     header.backing = creation.backing;
     let (cluster, bits) = (header.cluster_size(), header.cluster_bits);
     let l1_size = size.div_ceil(header.l2_coverage());
     if l1_size * 8 > header::MAX_L1_BYTES {
         return Err(Error::usage(format!("Image size too large for clusters of {cluster} bytes")));
     }
-    // Header, refcount table, refcount block, L1 table: one after the other.
+    let luks = encryption.header(creation.secrets)?;
+    let luks_clusters = (luks.len() as u64).div_ceil(cluster);
+    // Header, refcount table, refcount blocks, L1 table, encryption header: one after the other.
     let l1_clusters = (l1_size * 8).div_ceil(cluster);
     let per_block = 1u64 << (bits + 3 - header.refcount_order);
     let (mut table_clusters, mut blocks) = (1, 1);
     loop {
-        let total = 1 + table_clusters + blocks + l1_clusters;
+        let total = 1 + table_clusters + blocks + l1_clusters + luks_clusters;
         let need_blocks = total.div_ceil(per_block);
         let need_table = (need_blocks * 8).div_ceil(cluster);
         if need_blocks <= blocks && need_table <= table_clusters {
@@ -205,6 +219,10 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     header.l1_size = l1_size as u32;
     // QEMU wants a valid offset even for a disk without a table.
     header.l1_offset = l1_at << bits;
+    let luks_at = l1_at + l1_clusters;
+    if !luks.is_empty() {
+        header.crypto = Some((luks_at << bits, luks.len() as u64));
+    }
     header.encode()?;
     let storage = creation.storage;
     if let Some(name) = &header.data_file {
@@ -215,9 +233,13 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
             crate::formats::raw::allocate(&*data, 0, size, preallocation)?;
         }
     }
-    let total = l1_at + l1_clusters;
-    // The L1 table need not fill its last cluster.
-    storage.set_size((l1_at << bits) + (l1_size * 8).next_multiple_of(512))?;
+    let total = luks_at + luks_clusters;
+    // The L1 table need not fill its last cluster, if it is the last.
+    storage.set_size(match luks_clusters {
+        0 => (l1_at << bits) + (l1_size * 8).next_multiple_of(512),
+        _ => total << bits,
+    })?;
+    storage.write_at(&luks, luks_at << bits)?;
     let mut table = vec![0u8; (table_clusters << bits) as usize];
     for (i, slot) in table.chunks_exact_mut(8).take(blocks as usize).enumerate() {
         slot.copy_from_slice(&((blocks_at + i as u64) << bits).to_be_bytes());
@@ -240,11 +262,14 @@ pub(super) fn create(creation: Creation<'_>) -> Result<()> {
     }
     header.write(&*storage)?;
     if preallocation != Preallocation::Off {
-        let mut none = Options::new();
+        let mut opening = Options::new();
+        if let Some(id) = secret_id {
+            opening.set("encrypt.key-secret", id);
+        }
         let image = (DRIVER.open)(crate::formats::Opening {
             storage,
             read_only: false,
-            options: &mut none,
+            options: &mut opening,
             siblings: creation.siblings,
             secrets: creation.secrets,
             for_check: false,
@@ -271,7 +296,7 @@ fn refcount_clusters(clusters: u64, header: &Header) -> u64 {
 
 pub(super) fn measure(m: Measurement<'_>) -> Result<Measured> {
     let size = m.size.checked_next_multiple_of(512).ok_or_else(|| Error::usage("Image size too large"))?;
-    let Choice { header, preallocation } = choose(size, m.options, m.backing)?;
+    let Choice { header, preallocation, mut encryption } = choose(size, m.options, m.backing)?;
     let cluster = header.cluster_size();
     let l2 = size.div_ceil(header.l2_coverage());
     let l1 = (l2 * 8).div_ceil(cluster);
@@ -282,7 +307,8 @@ pub(super) fn measure(m: Measurement<'_>) -> Result<Measured> {
     let meta = 1 + l1 + l2;
     let data_clusters = size.div_ceil(cluster);
     let all = meta + data_clusters;
-    let fully_allocated = (all + refcount_clusters(all, &header)) * cluster;
+    let luks = encryption.header_size()?.next_multiple_of(cluster);
+    let fully_allocated = (all + refcount_clusters(all, &header)) * cluster + luks;
     let mut used = 0;
     let mut covered = 0;
     for &(offset, len) in m.data {

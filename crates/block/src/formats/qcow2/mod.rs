@@ -8,6 +8,7 @@ mod bitmap;
 mod check;
 mod codec;
 mod create;
+mod crypto;
 mod flush;
 mod header;
 mod map;
@@ -18,7 +19,7 @@ mod table;
 mod write;
 
 use super::{
-    Backing, Bitmaps, CheckReport, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
+    Amending, Backing, Bitmaps, CheckReport, Cipher, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
     Snapshots, WriteExtent, has_magic,
 };
 use crate::{
@@ -128,6 +129,7 @@ pub(super) struct Qcow2 {
     tables: TableCache,
     meta: Mutex<Meta>,
     tracker: bitmap::Tracker,
+    encryption: Option<crypto::Encryption>,
 }
 
 fn probe(input: &ProbeInput<'_>) -> u32 {
@@ -156,12 +158,8 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
         options.take(tuning);
     }
     let lazy = options.take_bool("lazy-refcounts")?;
-    options.take_prefixed("encrypt.");
-    if header.crypt_method != 0 && !opening.no_io {
-        return Err(Error::unsupported(
-            "Encrypted qcow2 images cannot be read yet; decrypt the image with qemu-img convert first",
-        ));
-    }
+    let encryption =
+        crypto::open(&opening.storage, &header, options, opening.secrets, opening.no_io || opening.for_check)?;
     let geo = Geometry::new(&header);
     let mut storages = vec![opening.storage];
     if geo.data_file && !opening.no_io {
@@ -203,6 +201,7 @@ fn open(opening: Opening<'_>) -> Result<Box<dyn Format>> {
             dirty_marked: marked,
         }),
         tracker: bitmap::Tracker::default(),
+        encryption,
     };
     if !opening.read_only {
         let mut meta = image.lock();
@@ -303,6 +302,9 @@ impl Format for Qcow2 {
         if self.geo.data_file {
             put("data-file-raw", (h.autoclear & header::RAW_DATA_FILE != 0).into());
         }
+        if let Some(encryption) = &self.encryption {
+            put("encrypt", encryption.specific.clone());
+        }
         let bitmaps = self.bitmap_list(&meta)?;
         if !bitmaps.is_empty() {
             put("bitmaps", bitmap::describe(&bitmaps));
@@ -381,7 +383,11 @@ impl Format for Qcow2 {
     }
 
     fn compresses(&self) -> bool {
-        !self.geo.data_file
+        !self.geo.data_file && self.encryption.is_none()
+    }
+
+    fn cipher(&self) -> Option<&dyn Cipher> {
+        self.encryption.as_ref()?.cipher.as_ref().map(|c| c as &dyn Cipher)
     }
 
     fn write_compressed(&self, offset: u64, data: &[u8]) -> Result<()> {
@@ -396,8 +402,8 @@ impl Format for Qcow2 {
         self.change_backing(backing)
     }
 
-    fn amend(&self, options: &mut Options) -> Result<()> {
-        self.amend_options(options)
+    fn amend(&self, options: &mut Options, context: &Amending<'_>) -> Result<()> {
+        self.amend_options(options, context)
     }
 
     fn preallocate(&self, mode: Preallocation) -> Result<()> {

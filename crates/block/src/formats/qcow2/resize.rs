@@ -164,6 +164,11 @@ impl Qcow2 {
                 self.abort(&pieces);
                 return Err(e);
             }
+            if self.encryption.is_some() && self.zero(at, n, false)? == Zeroing::Unsupported {
+                return Err(Error::unsupported(
+                    "Encrypted images of version 2 cannot be preallocated: what is stored there would read as noise",
+                ));
+            }
             at += n;
         }
         self.flush_all()
