@@ -235,7 +235,7 @@ fn count_exits() -> Result<u64> {
 }
 
 /// Sums up `/proc/PID/smaps` without the guest's memory, which is recognized by its size.
-fn beyond_guest(smaps: &str, guest_mib: u64) -> Memory {
+pub fn beyond_guest(smaps: &str, guest_mib: u64) -> Memory {
     let guest = guest_mib * 1024;
     let mut total = Memory::default();
     let mut counted = true;

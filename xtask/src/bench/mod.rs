@@ -1,6 +1,7 @@
 //! Measurements whose results stand in `docs/performance.md`.
 
 mod boot;
+mod softcpu;
 
 use std::process::ExitCode;
 
@@ -17,10 +18,13 @@ pub struct Options {
 enum What {
     /// Boot on the software CPU beside QEMU's TCG: time, start-up, memory
     Boot(boot::Options),
+    /// Many kinds of work on the software CPU beside QEMU's TCG and this machine itself
+    Softcpu(softcpu::Options),
 }
 
 pub fn task(options: &Options) -> Result<ExitCode> {
     match &options.what {
         What::Boot(options) => boot::task(options),
+        What::Softcpu(options) => softcpu::task(options),
     }
 }
