@@ -14,6 +14,8 @@ pub enum SystemRequest {
     GuestPanicked,
     /// End with this exit status (isa-debug-exit).
     Exit(u8),
+    /// Stop the machine: an error of the host on a drive (its name), whose command is tried again when the machine goes on.
+    IoError(String),
     /// Tell monitors: an event's name in QMP (`BALLOON_CHANGE`), and its data.
     Notice(&'static str, serde_json::Value),
 }

@@ -3,6 +3,7 @@
 pub mod chipset;
 mod model;
 mod place;
+pub mod storage;
 pub mod virtio;
 
 pub use model::{CreateChild, CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models};

@@ -2,6 +2,7 @@
 
 use crate::chipset;
 use crate::place::{ChildBus, PciDevice, PciPlace, PlaceSpec};
+use crate::storage;
 use crate::virtio::{self, VirtioDevice};
 use accel::{Doorbells, Irqs};
 use base::props::{Bag, PropError, Properties};
@@ -42,6 +43,8 @@ pub trait Parts {
     /// # Errors
     /// No such image, or it is in use by another device.
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError>;
+    /// Tells of a drive whose medium can be changed, or whose image may be resized, while the machine runs.
+    fn offer_drive(&mut self, _drive: &Arc<crate::storage::Drive>) {}
     /// The character device named by `chardev=`; each can be taken once.
     ///
     /// # Errors
@@ -140,9 +143,12 @@ pub fn models() -> &'static [&'static Model] {
         &chipset::debugcon::MODEL,
         &chipset::pvpanic::MODEL,
         &chipset::serial::MODEL,
+        &storage::scsi::CD,
+        &storage::scsi::HD,
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
         &virtio::rng::MODEL,
+        &virtio::scsi::MODEL,
     ]
 }
 

@@ -1,6 +1,7 @@
 //! Where a device is plugged: the properties that every PCI device has, and the buses that devices bring along.
 
 use crate::CreateError;
+use crate::storage::scsi::ScsiBus;
 use base::props::{Bag, PropError, Properties};
 use bus::pci::{PciBus, PciFunction, SharedFunction};
 use bus::{SharedDevice, shared};
@@ -14,6 +15,8 @@ use std::sync::Arc;
 pub enum ChildBus {
     /// Behind a PCI bridge or PCI Express port.
     Pci(Arc<PciBus>),
+    /// Behind a SCSI controller.
+    Scsi(Arc<ScsiBus>),
 }
 
 impl ChildBus {
@@ -21,6 +24,7 @@ impl ChildBus {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Pci(_) => "PCI",
+            Self::Scsi(_) => "SCSI",
         }
     }
 
@@ -28,6 +32,7 @@ impl ChildBus {
     pub fn has_room(&self) -> bool {
         match self {
             Self::Pci(bus) => bus.free_slot().is_some(),
+            Self::Scsi(bus) => bus.free_target().is_some(),
         }
     }
 

@@ -170,6 +170,11 @@ impl Machine {
             }
             SystemRequest::GuestPanicked => self.panicked(),
             SystemRequest::Reset => self.reset_or_end(Cause::GuestReset)?,
+            SystemRequest::IoError(drive) => {
+                tracing::warn!("stopped by an I/O error on '{drive}'; continue when its cause is removed");
+                self.halt(RunState::IoError);
+                None
+            }
             SystemRequest::Notice(name, data) => {
                 self.shared.tell(&Notice::Device(name, data));
                 None

@@ -7,6 +7,7 @@
 pub mod blk;
 pub mod console;
 pub mod rng;
+pub mod scsi;
 #[cfg(test)]
 mod tests;
 

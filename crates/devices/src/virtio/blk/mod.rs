@@ -8,7 +8,6 @@ mod request;
 #[cfg(test)]
 mod tests;
 mod uring;
-mod vectored;
 mod worker;
 
 use super::{RingSpec, VirtioDevice, read_structure};

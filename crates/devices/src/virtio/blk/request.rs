@@ -1,8 +1,8 @@
 //! Requests: their form (virtio 1.2, 5.2.6), and carrying them out in place.
 
-use super::vectored::{Pieces, mark_written, status_address};
 use super::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use bus::virtio::{Chain, QueueError};
+use crate::storage::pieces::Pieces;
+use bus::virtio::{Chain, QueueError, Writer};
 use memory::GuestMemory;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
@@ -309,4 +309,15 @@ fn report(disk: &Disk, what: &str, result: block::Result<()>) -> u8 {
 pub(super) fn report_errno(disk: &Disk, what: &str, errno: i32) -> u8 {
     let error = std::io::Error::from_raw_os_error(errno);
     report(disk, what, Err(block::Error::io(what, error)))
+}
+
+/// Marks the first `len` bytes of a writer's buffers as written by the host.
+fn mark_written(writer: &mut Writer<'_>, len: u64) -> Result<(), QueueError> {
+    writer.slices(len, |slice| slice.wrote()).map(drop)
+}
+
+/// Address of the last byte that the device may write: a request's status.
+fn status_address(chain: &Chain) -> Option<u64> {
+    let last = chain.writable().last()?;
+    Some(last.addr + u64::from(last.len) - 1) // segments are in RAM and not empty
 }

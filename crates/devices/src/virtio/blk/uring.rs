@@ -1,7 +1,7 @@
 //! io_uring as the worker uses it: waiting for notifications, reading and writing.
 #![allow(unsafe_code)] // entries carry pointers to guest memory
 
-use super::vectored::{MOST, Pieces};
+use crate::storage::pieces::{MOST, Pieces};
 use base::EventFd;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;

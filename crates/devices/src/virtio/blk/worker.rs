@@ -10,7 +10,7 @@
 use super::Disk;
 use super::request::{Direct, IOERR, OK, Operation, Request, report_errno};
 use super::uring::{DEPTH, Event, Uring};
-use super::vectored::MOST;
+use crate::storage::pieces::{MOST, in_memory};
 use base::EventFd;
 use bus::virtio::{Interrupt, Queue, QueueError, SharedQueue};
 use memory::GuestMemory;
@@ -109,14 +109,10 @@ fn run(setup: Setup, stop: &AtomicBool) {
 impl Engine {
     /// Whether reads and writes of this file are worth submitting.
     fn asynchronous(self, fd: BorrowedFd<'_>) -> bool {
-        /// File systems that live in memory (statfs(2)).
-        const IN_MEMORY: [u64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
-        let in_memory =
-            rustix::fs::fstatfs(fd).is_ok_and(|s| IN_MEMORY.contains(&(s.f_type as u64 & 0xffff_ffff)));
         match self {
             #[cfg(test)]
             Engine::Uring => true,
-            _ => !in_memory,
+            _ => !in_memory(fd),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Positioned vectored I/O between a descriptor and guest memory.
 #![allow(unsafe_code)] // system calls on guest memory, wrapped here
 
-use bus::virtio::{Chain, QueueError, Writer};
 use memory::GuestSlice;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,29 +8,29 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Pieces of guest memory, as the kernel takes them. The memory outlives it: whoever builds one keeps the
 /// `GuestMemory` that the slices came from.
 #[derive(Debug, Default)]
-pub(super) struct Pieces(Vec<libc::iovec>);
+pub(crate) struct Pieces(Vec<libc::iovec>);
 
 // SAFETY: the pointers are to guest memory, which is shared between threads by its nature; see `memory::Mapping`.
 unsafe impl Send for Pieces {}
 
 /// Most pieces that one call takes (UIO_MAXIOV).
-pub(super) const MOST: usize = 1024;
+pub(crate) const MOST: usize = 1024;
 
 impl Pieces {
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.0.clear();
     }
 
-    pub(super) fn push(&mut self, slice: GuestSlice<'_>) {
+    pub(crate) fn push(&mut self, slice: GuestSlice<'_>) {
         self.0.push(libc::iovec { iov_base: slice.as_ptr().cast(), iov_len: slice.len() as usize });
     }
 
-    pub(super) fn as_slice(&self) -> &[libc::iovec] {
+    pub(crate) fn as_slice(&self) -> &[libc::iovec] {
         &self.0
     }
 
     /// Whether addresses and lengths are all multiples of `alignment`.
-    pub(super) fn aligned(&self, alignment: usize) -> bool {
+    pub(crate) fn aligned(&self, alignment: usize) -> bool {
         let odd = |v: &libc::iovec| !(v.iov_base as usize | v.iov_len).is_multiple_of(alignment);
         alignment <= 1 || !self.0.iter().any(odd)
     }
@@ -54,7 +53,7 @@ impl Pieces {
 
     /// Reads until all pieces are full, from `offset`; `done` bytes have been read already. Returns how many bytes
     /// there were before the end of the file.
-    pub(super) fn read_all(&mut self, fd: BorrowedFd<'_>, offset: u64, done: u64) -> io::Result<u64> {
+    pub(crate) fn read_all(&mut self, fd: BorrowedFd<'_>, offset: u64, done: u64) -> io::Result<u64> {
         self.transfer(done, |v, at| {
             // SAFETY: the pieces are valid guest memory (see the type), and the kernel checks its arguments.
             unsafe { libc::preadv(fd.as_raw_fd(), v.as_ptr(), v.len() as i32, (offset + at) as i64) }
@@ -62,7 +61,7 @@ impl Pieces {
     }
 
     /// Writes all pieces at `offset`; `done` bytes have been written already. `durable`: each write reaches the disk.
-    pub(super) fn write_all(
+    pub(crate) fn write_all(
         &mut self,
         fd: BorrowedFd<'_>,
         offset: u64,
@@ -97,13 +96,9 @@ impl Pieces {
     }
 }
 
-/// Marks the first `len` bytes of a writer's buffers as written by the host.
-pub(super) fn mark_written(writer: &mut Writer<'_>, len: u64) -> Result<(), QueueError> {
-    writer.slices(len, |slice| slice.wrote()).map(drop)
-}
-
-/// Address of the last byte that the device may write: a request's status.
-pub(super) fn status_address(chain: &Chain) -> Option<u64> {
-    let last = chain.writable().last()?;
-    Some(last.addr + u64::from(last.len) - 1) // segments are in RAM and not empty
+/// Whether a file is on a file system that lives in memory (statfs(2)).
+pub(crate) fn in_memory(fd: BorrowedFd<'_>) -> bool {
+    /// tmpfs, ramfs, hugetlbfs.
+    const IN_MEMORY: [u64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+    rustix::fs::fstatfs(fd).is_ok_and(|s| IN_MEMORY.contains(&(s.f_type as u64 & 0xffff_ffff)))
 }
