@@ -1,5 +1,6 @@
 //! Character devices: the seam between a serial port (front end) and a terminal, socket or file (back end).
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What a back end tells a front end besides data.
@@ -11,6 +12,10 @@ pub enum CharEvent {
     Closed,
     /// A break condition.
     Break,
+    /// On a multiplexer: input comes here from now on.
+    Focused,
+    /// On a multiplexer: input goes elsewhere from now on.
+    Unfocused,
     /// The terminal at the other end has this size, in character cells.
     Resize {
         /// Columns.
@@ -37,6 +42,27 @@ pub trait Chardev: Send + Sync {
     fn attach(&self, frontend: Arc<dyn CharFrontend>);
     /// The front end has room for input again.
     fn resume_input(&self);
+    /// As [`Self::write`], but waits until the other end takes everything (or goes away). For monitors, whose clients
+    /// must not lose bytes and may be slow; never called on a vCPU thread.
+    fn write_all(&self, data: &[u8]) {
+        self.write(data);
+    }
+    /// What it is, as monitors show it: `pty:/dev/pts/3`, `unix:/run/x,server=on`.
+    fn filename(&self) -> String {
+        "null".into()
+    }
+    /// Descriptors that came with the input (Unix sockets), oldest first.
+    fn take_fds(&self) -> Vec<OwnedFd> {
+        Vec::new()
+    }
+    /// A share for one more front end, where several can use it (multiplexers).
+    fn share(&self) -> Option<Arc<dyn Chardev>> {
+        None
+    }
+    /// Output kept in memory, at most `most` bytes of the oldest (ring buffers).
+    fn read_back(&self, _most: usize) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// A back end that discards output and has no input.

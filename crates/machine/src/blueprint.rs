@@ -25,6 +25,8 @@ pub struct Blueprint {
     pub memory: MemorySpec,
     /// Kernel to boot directly.
     pub kernel: Option<KernelSpec>,
+    /// Objects that others refer to: memory backends, secrets, I/O threads.
+    pub objects: Vec<Bag>,
     /// Disk images, by id.
     pub blockdevs: Vec<Bag>,
     /// Devices, in the order in which they are plugged.
@@ -46,6 +48,7 @@ impl Default for Blueprint {
             smp: SmpSpec::default(),
             memory: MemorySpec::default(),
             kernel: None,
+            objects: Vec::new(),
             blockdevs: Vec::new(),
             devices: Vec::new(),
             serials: Vec::new(),

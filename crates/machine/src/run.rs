@@ -376,6 +376,16 @@ impl Machine {
     pub(crate) fn built(&self) -> &Built {
         &self.built
     }
+
+    /// The same, to be changed.
+    pub(crate) fn built_mut(&mut self) -> &mut Built {
+        &mut self.built
+    }
+
+    /// The description, which follows what is added later.
+    pub(crate) fn blueprint_mut(&mut self) -> &mut Blueprint {
+        &mut self.blueprint
+    }
 }
 
 impl Built {

@@ -25,6 +25,14 @@ pub(super) struct NamedBus {
     pub(super) bus: ChildBus,
 }
 
+/// A device of the blueprint, or one that came later, and where it is.
+pub(crate) struct Plugged {
+    /// Its description.
+    pub(crate) bag: Bag,
+    /// Where it is, if on PCI.
+    pub(crate) pci: Option<PciPlace>,
+}
+
 impl Builder {
     /// Plugs the devices of the blueprint.
     pub(super) fn plug(&mut self, bags: &[Bag]) -> Result<()> {
@@ -38,8 +46,10 @@ impl Builder {
         Ok(())
     }
 
-    fn plug_one(&mut self, bag: &Bag) -> Result<()> {
+    pub(crate) fn plug_one(&mut self, bag: &Bag) -> Result<()> {
         let model = find_model(&bag.driver)?;
+        let described = bag.clone();
+        let mut pci = None;
         let mut bag = bag.clone();
         let mut offered = Vec::new();
         match model.kind {
@@ -61,6 +71,7 @@ impl Builder {
                 let at = self.pci_place(&bag.driver, &place)?;
                 let device = create(&bag, &mut self.context(&mut offered), &at)?;
                 self.add_pci(&at, &place, device)?;
+                pci = Some(at);
             }
             Kind::Virtio(create) => {
                 let place = PlaceSpec::take(&mut bag)?;
@@ -89,6 +100,7 @@ impl Builder {
                     }
                     let at = self.pci_place(&bag.driver, &place)?;
                     self.add_pci(&at, &place, PciDevice::new(VirtioPci::new(device, &platform)))?;
+                    pci = Some(at);
                 }
             }
             Kind::Child { bus: kind, create } => {
@@ -104,6 +116,7 @@ impl Builder {
             }
         }
         self.name_buses(&bag, offered);
+        self.plugged.push(Plugged { bag: described, pci });
         Ok(())
     }
 
