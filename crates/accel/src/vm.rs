@@ -65,6 +65,16 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// No such slot, or the log is off.
     fn take_dirty(&self, slot: SlotId, page: &mut dyn FnMut(u64)) -> Result<()>;
+    /// The pages of the slot written by anyone since the last call: what [`Self::take_dirty`] and the region's
+    /// tracker know, taken at once. For logs that are taken often (video memory): costs little where little was
+    /// written.
+    ///
+    /// # Errors
+    /// No such slot, or the log is off.
+    fn take_written(&self, slot: SlotId, region: &Region, page: &mut dyn FnMut(u64)) -> Result<()> {
+        region.tracker.take_dirty(&mut *page);
+        self.take_dirty(slot, page)
+    }
     /// Turns the dirty log of a slot on or off.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ pub mod pci;
 mod state;
 mod system;
 pub mod virtio;
+mod window;
 
 pub use chardev::{CharEvent, CharFrontend, Chardev, NullChardev};
 pub use device::{Device, RegionId, SharedDevice, shared};
@@ -19,3 +20,4 @@ pub use io::{Bus, MapError, Space};
 pub use line::{IrqLine, IrqPin};
 pub use state::{State, StateError};
 pub use system::{System, SystemRequest};
+pub use window::RamWindow;

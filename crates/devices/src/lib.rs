@@ -1,6 +1,7 @@
 //! Device models, one file each. What they plug into is the `bus` crate's; who builds them is the `machine`'s.
 
 pub mod chipset;
+pub mod display;
 mod model;
 mod place;
 pub mod storage;

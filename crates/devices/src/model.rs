@@ -1,9 +1,9 @@
 //! The table of models that users can name (`--device NAME,...`).
 
-use crate::chipset;
 use crate::place::{ChildBus, PciDevice, PciPlace, PlaceSpec};
 use crate::storage;
 use crate::virtio::{self, VirtioDevice};
+use crate::{chipset, display};
 use accel::{Doorbells, Irqs};
 use base::props::{Bag, PropError, Properties};
 use base::{Timers, nearest};
@@ -31,6 +31,20 @@ pub trait Parts {
     /// Shortcuts between queues and interrupts, where the accelerator has them.
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
+    }
+    /// The virtual machine, for devices whose memory the guest sees as memory.
+    ///
+    /// # Errors
+    /// There is none to show memory in.
+    fn vm(&self) -> Result<Arc<dyn accel::Vm>, CreateError> {
+        Err(CreateError::Other("devices with memory of their own cannot be built here".into()))
+    }
+    /// The machine's screens, keyboards and pointers.
+    ///
+    /// # Errors
+    /// It has none.
+    fn displays(&self) -> Result<Arc<::display::Displays>, CreateError> {
+        Err(CreateError::Other("this machine has no screens".into()))
     }
     /// Tells that the device being created brings a bus along. The machine names it after the device.
     fn offer_bus(&mut self, bus: ChildBus);
@@ -145,6 +159,7 @@ pub fn models() -> &'static [&'static Model] {
         &chipset::serial::MODEL,
         &storage::scsi::CD,
         &storage::scsi::HD,
+        &display::vga::MODEL,
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
         &virtio::rng::MODEL,

@@ -4,7 +4,7 @@ use crate::CreateError;
 use crate::storage::scsi::ScsiBus;
 use base::props::{Bag, PropError, Properties};
 use bus::pci::{PciBus, PciFunction, SharedFunction};
-use bus::{SharedDevice, shared};
+use bus::{RegionId, SharedDevice, Space, shared};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use std::sync::Arc;
@@ -68,13 +68,20 @@ pub struct PciDevice {
     pub function: SharedFunction,
     /// The same object as a device.
     pub device: SharedDevice,
+    /// Addresses where it answers whatever its BARs say: space, first, length, region (the VGA's ports).
+    pub fixed: Vec<(Space, u64, u64, RegionId)>,
 }
 
 impl PciDevice {
     /// Wraps a function.
     pub fn new<F: PciFunction + 'static>(function: F) -> Self {
         let function = shared(function);
-        Self { function: function.clone(), device: function }
+        Self { function: function.clone(), device: function, fixed: Vec::new() }
+    }
+
+    /// Adds a place where the function answers whatever its BARs say.
+    pub fn fix(&mut self, space: Space, start: u64, len: u64, region: RegionId) {
+        self.fixed.push((space, start, len, region));
     }
 }
 

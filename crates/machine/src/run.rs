@@ -99,6 +99,11 @@ impl Machine {
         })
     }
 
+    /// Screens, keyboards and pointers.
+    pub fn displays(&self) -> &Arc<display::Displays> {
+        &self.built.displays
+    }
+
     /// A handle for other threads.
     pub fn remote(&self) -> Remote {
         self.remote.clone()

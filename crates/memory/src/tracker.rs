@@ -57,6 +57,12 @@ impl PageTracker {
         }
     }
 
+    /// Whether the dirty log is on.
+    #[inline]
+    pub fn is_logging(&self) -> bool {
+        self.log.load(Ordering::Relaxed)
+    }
+
     /// Must be called after each write of `len` bytes at `offset` by anyone but a KVM vCPU.
     #[inline]
     pub fn wrote(&self, offset: u64, len: u64) {

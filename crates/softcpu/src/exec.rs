@@ -463,6 +463,7 @@ impl Cpu {
             match ask {
                 Ask::Drop(page) => self.stats.blocks_dropped += self.code.drop_page(page) as u64,
                 Ask::Protect(page) => self.mmu.tlb.protect(page),
+                Ask::ProtectAll => self.flush_all_tlbs(),
             }
         }
         self.me.answer(number);

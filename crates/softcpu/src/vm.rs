@@ -14,6 +14,7 @@ use crate::mmu::phys::PhysMap;
 use crate::state::Stats;
 use crate::vcpu::SoftVcpu;
 use accel::{CpuSignals, Error, Irqs, Result, Signal, Slot, SlotId, Vcpu, VcpuConfig, Vm};
+use memory::{PAGE_SIZE, Region};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
@@ -27,6 +28,8 @@ pub enum Ask {
     Drop(usize),
     /// Give up unseen writes to a page (host address).
     Protect(usize),
+    /// Give up unseen writes to all pages.
+    ProtectAll,
 }
 
 /// A vCPU as its siblings see it.
@@ -142,9 +145,6 @@ pub struct Shared {
     /// Changes with the memory map, and when dirty logs are turned on or taken.
     pub map_epoch: AtomicU64,
     siblings: RwLock<Vec<Arc<Sibling>>>,
-    /// Whether any slot has its dirty log on.
-    pub dirty_log: AtomicBool,
-    logged: Mutex<Vec<SlotId>>,
     /// Serialises locked accesses that no host instruction can do.
     pub split_lock: Mutex<()>,
     next_slot: AtomicU32,
@@ -158,8 +158,6 @@ impl Default for Shared {
             map: RwLock::default(),
             map_epoch: AtomicU64::new(0),
             siblings: RwLock::default(),
-            dirty_log: AtomicBool::new(false),
-            logged: Mutex::default(),
             split_lock: Mutex::default(),
             next_slot: AtomicU32::new(0),
         }
@@ -208,6 +206,27 @@ impl Shared {
                 let number = s.ask(Some(Ask::Protect(host)));
                 s.wait(number);
             }
+        }
+    }
+
+    /// Takes the right to write pages unseen from all vCPUs, and waits for it. Must not be called by a vCPU that is
+    /// inside.
+    fn protect_pages(&self, hosts: &[usize]) {
+        /// From so many pages on, forgetting all is cheaper than looking for each.
+        const MANY: usize = 16;
+        let siblings = self.siblings();
+        let mut asked = Vec::with_capacity(siblings.len());
+        for s in &siblings {
+            let some: Vec<_> = hosts.iter().copied().filter(|h| s.may_write(*h)).collect();
+            let number = if some.len() < MANY {
+                some.into_iter().map(|h| s.ask(Some(Ask::Protect(h)))).max()
+            } else {
+                Some(s.ask(Some(Ask::ProtectAll)))
+            };
+            asked.extend(number.map(|n| (s, n)));
+        }
+        for (s, number) in asked {
+            s.wait(number);
         }
     }
 
@@ -291,7 +310,6 @@ impl Vm for SoftVm {
                 without.ok_or_else(|| Error::Unsupported(format!("there is no memory slot {}", slot.0)))?,
             );
         }
-        self.shared.logged.lock().unwrap_or_else(|e| e.into_inner()).retain(|s| *s != slot);
         self.shared.flush();
         Ok(())
     }
@@ -304,16 +322,22 @@ impl Vm for SoftVm {
         Ok(())
     }
 
+    fn take_written(&self, slot: SlotId, region: &Region, page: &mut dyn FnMut(u64)) -> Result<()> {
+        self.check(slot)?;
+        let mut pages = Vec::new();
+        region.tracker.take_dirty(|p| pages.push(p));
+        if !pages.is_empty() {
+            let base = region.mapping.as_ptr() as usize;
+            let hosts: Vec<_> = pages.iter().map(|p| base + (*p as usize) * PAGE_SIZE as usize).collect();
+            self.shared.protect_pages(&hosts);
+            pages.into_iter().for_each(page);
+        }
+        Ok(())
+    }
+
     fn set_dirty_log(&self, slot: SlotId, on: bool) -> Result<()> {
         self.check(slot)?;
         let map = self.shared.map();
-        let mut logged = self.shared.logged.lock().unwrap_or_else(|e| e.into_inner());
-        logged.retain(|s| *s != slot);
-        if on {
-            logged.push(slot);
-        }
-        self.shared.dirty_log.store(!logged.is_empty(), Ordering::SeqCst);
-        drop(logged);
         if let Some(s) = map.slot(slot) {
             s.region.tracker.set_log(on);
         }

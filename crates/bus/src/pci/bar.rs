@@ -1,6 +1,6 @@
 //! Base address registers, and the table of what they currently decode.
 
-use crate::{Bus, Device, RegionId, Space};
+use crate::{Bus, Device, RamWindow, RegionId, Space};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// What a BAR decodes.
@@ -95,6 +95,7 @@ struct Claim {
     len: u64,
     name: Arc<str>,
     device: Weak<Mutex<dyn Device>>,
+    memory: Option<Arc<RamWindow>>,
     mapped: bool,
 }
 
@@ -138,13 +139,26 @@ impl Decoder {
             let Some(device) = claim.device.upgrade() else { continue };
             let region = RegionId(claim.bar.into());
             match bus.map_shared(claim.space, claim.start, claim.len, &claim.name, device, region) {
-                Ok(()) => claim.mapped = true,
+                Ok(()) => {
+                    claim.mapped = true;
+                    // Memory lies over the device's own registers.
+                    if let Some(memory) = &claim.memory {
+                        memory.place(Some(claim.start));
+                    }
+                }
                 Err(e) => tracing::debug!("BAR {} stays unmapped: {e}", claim.bar),
             }
         }
     }
 
-    pub(super) fn claim(&self, plug: &Plug, name: &str, bar: u8, space: Space, start: u64, len: u64) {
+    pub(super) fn claim(
+        &self,
+        plug: &Plug,
+        name: &str,
+        bar: u8,
+        memory: Option<Arc<RamWindow>>,
+        (space, start, len): (Space, u64, u64),
+    ) {
         let mut table = self.lock();
         table.claims.push(Claim {
             owner: plug.owner,
@@ -154,6 +168,7 @@ impl Decoder {
             len,
             name: name.into(),
             device: plug.device.clone(),
+            memory,
             mapped: false,
         });
         self.settle(&mut table);
@@ -163,6 +178,9 @@ impl Decoder {
         let mut table = self.lock();
         if let Some(i) = table.claims.iter().position(|c| c.owner == plug.owner && c.bar == bar) {
             let claim = table.claims.swap_remove(i);
+            if let Some(memory) = &claim.memory {
+                memory.place(None);
+            }
             if let (true, Some(bus)) = (claim.mapped, self.bus.upgrade()) {
                 bus.unmap(claim.space, claim.start);
                 self.settle(&mut table);

@@ -3,7 +3,7 @@
 use super::bar::{Bar, BarKind, Plug};
 use super::msix::SavedVector;
 use super::{Intx, Msi, Msix, MsixVectors, capability, reg};
-use crate::{IrqLine, StateError};
+use crate::{IrqLine, RamWindow, StateError};
 use accel::Irqs;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -44,6 +44,8 @@ pub struct Config {
     built: Option<Vec<u8>>,
     bridge: bool,
     bars: [Option<Bar>; 7],
+    /// Memory that a BAR shows.
+    memories: [Option<Arc<RamWindow>>; 7],
     /// Where each BAR decodes now.
     decoded: [Option<u64>; 7],
     last_capability: u16,
@@ -89,6 +91,7 @@ impl Config {
             built: None,
             bridge,
             bars: [None; 7],
+            memories: Default::default(),
             decoded: [None; 7],
             last_capability: 0,
             next_capability: FIRST_CAPABILITY,
@@ -183,6 +186,17 @@ impl Config {
             self.allow(offset + 4, &((mask >> 32) as u32).to_le_bytes());
         }
         self.bars[usize::from(index)] = Some(bar);
+    }
+
+    /// Makes a BAR (6: the expansion ROM) show memory, as long as the BAR. Accesses reach the device only where the
+    /// accelerator cannot show it.
+    ///
+    /// # Panics
+    /// If there is no such BAR or the sizes differ, which is a bug in the model.
+    pub fn back_bar(&mut self, index: u8, memory: Arc<RamWindow>) {
+        let bar = self.bar(index);
+        assert!(bar.is_some_and(|b| b.size == memory.len()), "{}: memory of BAR {index}", self.name);
+        self.memories[usize::from(index)] = Some(memory);
     }
 
     /// Declares an expansion ROM of `size` bytes (a power of two from 2 KiB to 16 MiB); region 6 of the device.
@@ -388,7 +402,8 @@ impl Config {
                     plug.decoder.release(plug, i as u8);
                 }
                 if let (Some(start), Some(bar)) = (new, self.bars[i]) {
-                    plug.decoder.claim(plug, &self.name, i as u8, bar.space(), *start, bar.size);
+                    let place = (bar.space(), *start, bar.size);
+                    plug.decoder.claim(plug, &self.name, i as u8, self.memories[i].clone(), place);
                 }
             }
         }

@@ -53,7 +53,13 @@ pub struct I8042 {
     keyboard_irq: IrqLine,
     aux_irq: IrqLine,
     s: Saved,
+    /// Keys that wait for room in the keyboard's buffer, which holds a few only.
+    typed: VecDeque<(u8, bool)>,
+    pub(super) input: Option<super::i8042_input::Connection>,
 }
+
+/// Most keys that wait.
+const TYPED: usize = 256;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -106,13 +112,17 @@ impl I8042 {
 
     /// A controller that interrupts through the given lines (1 and 12) and asks `system` for resets.
     pub fn new(system: System, keyboard_irq: IrqLine, aux_irq: IrqLine) -> Self {
-        Self { system, keyboard_irq, aux_irq, s: Saved::new() }
+        Self { system, keyboard_irq, aux_irq, s: Saved::new(), typed: VecDeque::new(), input: None }
     }
 
     /// A key goes down or up. `code` is its scan code of set 1, with bit 7 set for the keys with the prefix 0xe0;
     /// Pause is 0xc5.
     pub fn key(&mut self, code: u8, down: bool) {
-        self.s.keyboard.key(code, down);
+        // A release is never lost while its press is kept.
+        if self.typed.len() < TYPED || !down {
+            self.typed.push_back((code, down));
+            self.typed.truncate(2 * TYPED);
+        }
         self.refill();
     }
 
@@ -144,6 +154,11 @@ impl I8042 {
     /// Moves the next byte into an empty output buffer, and sets the interrupts.
     fn refill(&mut self) {
         if self.s.output.is_none() {
+            while !self.s.keyboard.has_data()
+                && let Some((code, down)) = self.typed.pop_front()
+            {
+                self.s.keyboard.key(code, down);
+            }
             self.s.output = self.next();
             if let Some((byte, _)) = self.s.output {
                 self.s.last = byte;
@@ -248,6 +263,7 @@ impl I8042 {
                 // Writing to the keyboard turns it on.
                 self.s.config &= !Config::KEYBOARD_OFF.bits();
                 self.s.keyboard.command(value);
+                self.leds_changed();
             }
             Some(0x60) => self.s.config = value & Config::all().bits(),
             Some(at @ 0x61..=0x7f) => self.s.ram[usize::from(at - 0x61)] = value,
@@ -282,6 +298,8 @@ impl Device for I8042 {
 
     fn reset(&mut self) {
         self.s = Saved::new();
+        self.typed.clear();
+        self.leds_changed();
         self.refill();
     }
 

@@ -16,6 +16,7 @@ pub mod debug_exit;
 pub mod debugcon;
 mod hpet;
 mod i8042;
+mod i8042_input;
 mod ioapic;
 mod irqchip;
 mod lapic;

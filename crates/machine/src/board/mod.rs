@@ -19,6 +19,7 @@ use base::{Timers, nearest};
 use bus::pci::{PciBus, Windows};
 use bus::{Bus, IrqPin, SharedDevice, System};
 use devices::chipset::{ApicCpu, Clock, Irqchip};
+use display::Displays;
 use memory::{GuestMemory, Layout};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ pub(crate) struct Builder {
     pub(crate) irqs: Arc<dyn Irqs>,
     pub(crate) irqchip: Option<Arc<Irqchip>>,
     pub(crate) clock: Clock,
+    pub(crate) displays: Arc<Displays>,
     pub(crate) timers: Timers,
     pub(crate) system: System,
     pub(crate) chardevs: Chardevs,
@@ -128,15 +130,22 @@ pub(crate) fn build(
     let memory = GuestMemory::new(&layout, &blueprint.memory.backing()?, blueprint.memory.prealloc)?;
     let vm = accel.create_vm()?;
     for region in memory.regions() {
-        vm.map(Slot {
-            gpa: region.start,
-            len: region.len(),
-            region: region.clone(),
-            offset: 0,
-            readonly: false,
-        })?;
+        for part in without_video_window(region.start..region.start + region.len()) {
+            vm.map(Slot {
+                gpa: part.start,
+                len: part.end - part.start,
+                region: region.clone(),
+                offset: part.start - region.start,
+                readonly: false,
+            })?;
+        }
     }
 
+    let displays = Displays::new().map_err(|source| Error::Host {
+        what: "cannot start the thread that refreshes screens".into(),
+        source,
+    })?;
+    let displays = Arc::new(displays);
     let timers = Timers::new();
     let clock = Clock::new(&timers);
     let signals: Vec<_> = (0..topology.count()).map(|_| Arc::new(CpuSignals::new())).collect();
@@ -156,6 +165,7 @@ pub(crate) fn build(
         irqs,
         irqchip: irqchip.clone(),
         clock,
+        displays,
         timers,
         system,
         chardevs,
@@ -197,6 +207,14 @@ pub(crate) fn build(
         })
         .collect::<std::result::Result<Vec<_>, _>>()?;
     Ok((builder.finish(), vcpus))
+}
+
+/// What of a range of memory the guest sees as such: all but the window through which video memory is seen.
+fn without_video_window(range: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u64>> {
+    const WINDOW: std::ops::Range<u64> = 0xa_0000..0xc_0000;
+    let below = range.start..range.end.min(WINDOW.start);
+    let above = range.start.max(WINDOW.end)..range.end;
+    [below, above].into_iter().filter(|r| !r.is_empty())
 }
 
 impl Builder {

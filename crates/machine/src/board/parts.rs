@@ -2,10 +2,11 @@
 
 use crate::Chardevs;
 use crate::drives::Drives;
-use accel::{Doorbells, Irqs};
+use accel::{Doorbells, Irqs, Vm};
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
 use devices::{ChildBus, CreateError, Parts};
+use display::Displays;
 use memory::GuestMemory;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,6 +15,8 @@ pub(super) struct Context<'a> {
     pub(super) memory: &'a GuestMemory,
     pub(super) vcpus: u32,
     pub(super) timers: &'a Timers,
+    pub(super) vm: &'a Arc<dyn Vm>,
+    pub(super) displays: &'a Arc<Displays>,
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
     pub(super) chardevs: &'a mut Chardevs,
@@ -46,6 +49,14 @@ impl Parts for Context<'_> {
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         self.doorbells.clone()
+    }
+
+    fn vm(&self) -> Result<Arc<dyn Vm>, CreateError> {
+        Ok(self.vm.clone())
+    }
+
+    fn displays(&self) -> Result<Arc<Displays>, CreateError> {
+        Ok(self.displays.clone())
     }
 
     fn offer_bus(&mut self, bus: ChildBus) {

@@ -125,6 +125,8 @@ impl Builder {
             memory: &self.memory,
             vcpus: self.acpi.topology.count(),
             timers: &self.timers,
+            vm: &self.vm,
+            displays: &self.displays,
             system: &self.system,
             drives: &mut self.drives,
             chardevs: &mut self.chardevs,
@@ -214,10 +216,14 @@ impl Builder {
     }
 
     fn add_pci(&mut self, at: &PciPlace, place: &PlaceSpec, device: PciDevice) -> Result<()> {
-        let function = device.function.clone();
+        let (function, object) = (device.function.clone(), device.device.clone());
         at.bus
             .add_shared(at.slot, at.function, device.function, device.device)
             .map_err(|e| Error::Config(e.to_string()))?;
+        let name = function.lock().unwrap_or_else(|e| e.into_inner()).config().name().to_owned();
+        for (space, start, len, region) in device.fixed {
+            self.bus.map_shared(space, start, len, &name, object.clone(), region)?;
+        }
         if place.multifunction {
             let mut function = function.lock().unwrap_or_else(|e| e.into_inner());
             function.config_mut().set_multifunction();

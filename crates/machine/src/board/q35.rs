@@ -59,6 +59,7 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     let i8042 = b.own(I8042::new(b.system.clone(), keyboard, mouse));
     b.ports(&i8042, 0x60, 1, "i8042", I8042::DATA)?;
     b.ports(&i8042, 0x64, 1, "i8042", I8042::COMMAND)?;
+    I8042::connect_input(&i8042, b.displays.input());
     b.acpi.i8042 = true;
     let ports = b.own(SystemPorts::new(b.system.clone()));
     b.ports(&ports, 0x80, 1, "post", SystemPorts::POST)?;

@@ -6,7 +6,6 @@ use super::tlb::{SLOW, TlbEntry, info};
 use super::{Access, Mem, NO_TAG, PAGE_MASK, Privilege, canonical};
 use crate::fault::{Res, vector};
 use crate::state::{Cpu, seg};
-use std::sync::atomic::Ordering;
 
 /// What a page is, for one access.
 #[derive(Clone, Copy, Debug)]
@@ -78,7 +77,7 @@ impl Cpu {
                         }
                         tracker.wrote(offset, 1);
                         write = linear | slow;
-                    } else if !code && !self.vm.dirty_log.load(Ordering::Relaxed) {
+                    } else if !code && !tracker.is_logging() {
                         self.me.note_writable(host as usize);
                         if !tracker.is_code(offset) {
                             write = linear | slow;
