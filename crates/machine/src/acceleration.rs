@@ -61,3 +61,8 @@ fn no_options(bag: &Bag) -> Result<()> {
         Some(key) => Err(Error::Config(format!("accelerator '{}' has no option '{key}'", bag.driver))),
     }
 }
+
+/// Whether KVM can run ordinary guests on this host.
+pub fn kvm_usable() -> bool {
+    kvm::probe().usable()
+}

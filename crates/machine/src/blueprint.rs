@@ -132,10 +132,28 @@ pub struct BlockSpec {
     pub force_share: bool,
     /// Give what the guest discards back to the host.
     pub discard: bool,
+    /// Cache mode: none, writeback, writethrough, directsync or unsafe.
+    pub cache: Option<String>,
+    /// What to do with zeros written: off, on or unmap.
+    pub detect_zeroes: Option<String>,
+    /// Write to a temporary file; the image stays as it is.
+    pub snapshot: bool,
+    /// More options, of the format, the storage (file.*) or a throttle (throttling.*), as key=value,...
+    pub options: Option<String>,
 }
 
 impl Default for BlockSpec {
     fn default() -> Self {
-        Self { file: PathBuf::new(), format: None, read_only: false, force_share: false, discard: true }
+        Self {
+            file: PathBuf::new(),
+            format: None,
+            read_only: false,
+            force_share: false,
+            discard: true,
+            cache: None,
+            detect_zeroes: None,
+            snapshot: false,
+            options: None,
+        }
     }
 }

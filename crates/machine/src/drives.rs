@@ -4,7 +4,7 @@ use crate::blueprint::BlockSpec;
 use crate::{Error, Result};
 use base::nearest;
 use base::props::Bag;
-use block::{Image, OpenOptions};
+use block::{CacheMode, Image, OpenOptions};
 use devices::CreateError;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,6 +14,31 @@ use std::sync::Arc;
 pub(crate) struct Drives {
     waiting: BTreeMap<String, Arc<Image>>,
     taken: Vec<String>,
+}
+
+/// How a disk image is opened.
+fn open_options(name: &str, spec: &BlockSpec) -> Result<OpenOptions> {
+    let bad = |e: block::Error| Error::Config(format!("disk '{name}': {e}"));
+    if spec.snapshot {
+        return Err(Error::Config(format!("disk '{name}': snapshot=on is not supported yet")));
+    }
+    Ok(OpenOptions {
+        format: spec.format.clone(),
+        read_only: spec.read_only,
+        force_share: spec.force_share,
+        exclusive: !spec.force_share,
+        discard: spec.discard,
+        cache: spec.cache.as_deref().map(CacheMode::parse).transpose().map_err(bad)?.unwrap_or_default(),
+        detect_zeroes: spec
+            .detect_zeroes
+            .as_deref()
+            .map(block::parse_detect_zeroes)
+            .transpose()
+            .map_err(bad)?
+            .unwrap_or_default(),
+        options: block::Options::parse(spec.options.as_deref().unwrap_or_default()).map_err(bad)?,
+        ..OpenOptions::default()
+    })
 }
 
 impl Drives {
@@ -26,14 +51,7 @@ impl Drives {
             let name = spec.file.to_str().filter(|n| !n.is_empty()).ok_or_else(|| {
                 Error::Config(format!("disk '{}': file= must name an image, in UTF-8", spec.file.display()))
             })?;
-            let options = OpenOptions {
-                format: spec.format.clone(),
-                read_only: spec.read_only,
-                force_share: spec.force_share,
-                exclusive: !spec.force_share,
-                discard: spec.discard,
-                ..OpenOptions::default()
-            };
+            let options = open_options(name, &spec)?;
             let image = Image::open(name, &options).map_err(|e| {
                 // Some messages keep the two lines that image tools print.
                 let text = e.to_string().lines().map(str::trim).collect::<Vec<_>>().join("; ");

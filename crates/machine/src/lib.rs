@@ -20,7 +20,7 @@ pub mod smbios;
 pub mod topology;
 mod vcpu;
 
-pub use acceleration::{Acceleration, choose};
+pub use acceleration::{Acceleration, choose, kvm_usable};
 pub use blueprint::Blueprint;
 pub use board::BOARDS;
 pub use control::{Cause, Notice, Remote, RunState};
