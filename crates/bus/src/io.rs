@@ -168,6 +168,12 @@ impl Bus {
         self.look_up(space, addr).map(|e| (e.name.clone(), e.start, e.len))
     }
 
+    /// All mappings of a space: first address, length, name.
+    pub fn mappings(&self, space: Space) -> Vec<(u64, u64, Arc<str>)> {
+        let map = self.map_of(space).read().unwrap_or_else(|e| e.into_inner());
+        map.iter().map(|e| (e.start, e.len, e.name.clone())).collect()
+    }
+
     #[inline]
     fn look_up(&self, space: Space, addr: u64) -> Option<Entry> {
         let map = self.map_of(space).read().unwrap_or_else(|e| e.into_inner());

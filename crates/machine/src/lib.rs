@@ -13,6 +13,7 @@ pub mod control;
 mod drives;
 mod hotplug;
 pub mod inspect;
+pub mod inspect_pci;
 pub mod kernel;
 pub mod objects;
 mod run;

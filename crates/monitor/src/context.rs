@@ -54,20 +54,18 @@ pub struct Context {
     pub fds: Mutex<Fds>,
     sessions: Mutex<Vec<Weak<Output>>>,
     subscription: OnceLock<Subscription>,
-    me: Weak<Context>,
 }
 
 impl Context {
     /// A context for the machine of `remote`. Events go to its monitors from now on.
     pub fn new(remote: Remote, settings: Settings) -> Arc<Self> {
-        let context = Arc::new_cyclic(|me: &Weak<Context>| Self {
+        let context = Arc::new(Self {
             remote: remote.clone(),
             settings,
             chardevs: Mutex::default(),
             fds: Mutex::default(),
             sessions: Mutex::default(),
             subscription: OnceLock::new(),
-            me: me.clone(),
         });
         let weak = Arc::downgrade(&context);
         let subscription = remote.subscribe(move |notice| {
@@ -78,10 +76,6 @@ impl Context {
         // It was made just above, so it is empty.
         let _ = context.subscription.set(subscription);
         context
-    }
-
-    pub(crate) fn this(&self) -> Option<Arc<Context>> {
-        self.me.upgrade()
     }
 
     pub(crate) fn add_session(&self, output: &Arc<Output>) {

@@ -110,19 +110,27 @@ fn bag(id: &str, backend: Backend) -> Result<Bag> {
 }
 
 fn add(c: &Context, mut a: Add) -> Result<Added> {
-    base::props::check_id(&a.id)?;
-    if lock(&c.chardevs).contains_key(&a.id) {
-        return Err(Error::generic(format!("Chardev with id '{}' already exists", a.id)));
-    }
     if a.backend.data.get("addr").is_some_and(|v| v.get("type").and_then(Value::as_str) == Some("fd")) {
         named_fd(c, &mut a.backend)?;
     }
-    let made = chardev::open(&bag(&a.id, a.backend)?).map_err(|e| Error::generic(e.to_string()))?;
-    let pty = made.chardev.filename().strip_prefix("pty:").map(String::from);
-    lock(&c.chardevs).insert(a.id.clone(), CharEntry { chardev: made.chardev.clone(), used: false });
-    let id = a.id;
-    c.machine(move |m| m.add_chardev(&id, made.chardev))?;
-    Ok(Added { pty })
+    let bag = bag(&a.id, a.backend)?;
+    Ok(Added { pty: c.add_chardev(&a.id, &bag)? })
+}
+
+impl Context {
+    /// Opens a character device for what is added later. Returns the name of the terminal, if it is a new one.
+    pub(crate) fn add_chardev(&self, id: &str, bag: &Bag) -> Result<Option<String>> {
+        base::props::check_id(id)?;
+        if lock(&self.chardevs).contains_key(id) {
+            return Err(Error::generic(format!("Chardev with id '{id}' already exists")));
+        }
+        let made = chardev::open(bag).map_err(|e| Error::generic(e.to_string()))?;
+        let pty = made.chardev.filename().strip_prefix("pty:").map(String::from);
+        lock(&self.chardevs).insert(id.into(), CharEntry { chardev: made.chardev.clone(), used: false });
+        let id = id.to_owned();
+        self.machine(move |m| m.add_chardev(&id, made.chardev))?;
+        Ok(pty)
+    }
 }
 
 /// `fd` addresses name a descriptor that `getfd` took.

@@ -15,7 +15,7 @@ pub(super) const COMMANDS: &[Command] = &[
     command!("system_reset", reset),
     command!("system_powerdown", powerdown),
     command!("system_wakeup", wakeup),
-    command!("quit", quit),
+    command!("quit", quit).oob(),
     command!("inject-nmi", nmi),
     command!("set-action", set_action).features(&["allow-preconfig"]),
     command!("watchdog-set-action", watchdog_set_action),

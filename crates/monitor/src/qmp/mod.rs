@@ -18,13 +18,13 @@ mod info;
 mod introspect;
 mod memory;
 mod migrate;
+mod pci;
 mod qom;
 
 pub use framing::Framer;
 pub use schema::introspection;
 
 use crate::Context;
-use machine::RunState;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -115,7 +115,6 @@ pub struct Command {
     result: fn(&mut SchemaGenerator) -> Schema,
     oob: bool,
     features: &'static [&'static str],
-    states: Option<&'static [RunState]>,
 }
 
 impl Command {
@@ -131,11 +130,6 @@ impl Command {
         self
     }
 
-    /// The states of the machine in which it is allowed; all, if not called.
-    const fn only_in(mut self, states: &'static [RunState]) -> Self {
-        self.states = Some(states);
-        self
-    }
 }
 
 fn typed<A: DeserializeOwned, R: Serialize>(
@@ -166,7 +160,6 @@ macro_rules! command {
             result: |g| $crate::qmp::result_schema($f, g),
             oob: false,
             features: &[],
-            states: None,
         }
     };
 }
@@ -183,6 +176,7 @@ const GROUPS: &[&[Command]] = &[
     device::COMMANDS,
     fds::COMMANDS,
     migrate::COMMANDS,
+    pci::COMMANDS,
     qom::COMMANDS,
 ];
 
@@ -200,15 +194,6 @@ impl Command {
     /// Runs it, after the checks that its schema asks for.
     fn call(&self, context: &Context, arguments: Map<String, Value>) -> Result<Value> {
         schema::check(self, &arguments)?;
-        if let Some(states) = self.states
-            && !states.contains(&context.remote.state())
-        {
-            return Err(Error::generic(format!(
-                "The command {} is not possible while the machine is in state '{}'",
-                self.name,
-                context.remote.state().name()
-            )));
-        }
         (self.run)(context, Value::Object(arguments))
     }
 }
