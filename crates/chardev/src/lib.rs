@@ -22,6 +22,7 @@ pub use escape::{Escape, EscapeParser};
 pub use mux::Mux;
 pub use ringbuf::RingBuf;
 pub use shorthand::shorthand;
+pub use socket::remove_sockets;
 pub use stdio::{RawMode, Stdio, restore_terminal};
 
 use base::nearest;

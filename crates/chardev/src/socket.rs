@@ -77,6 +77,17 @@ pub(crate) const KIND: Kind = Kind {
     },
 };
 
+/// Sockets that this process made in the file system.
+static SOCKETS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes the sockets that were made, at the program's end: their threads wait for clients until then.
+pub fn remove_sockets() {
+    for path in SOCKETS.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
+        // It may have been removed already.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 /// Descriptors kept for whoever asks for them; more are closed.
 const MOST_FDS: usize = 16;
 
@@ -86,8 +97,6 @@ struct Socket {
     name: String,
     peer: Mutex<Option<Arc<OwnedFd>>>,
     fds: Mutex<Vec<OwnedFd>>,
-    /// Removed when the server goes.
-    path: Option<PathBuf>,
     pump: Pump,
 }
 
@@ -230,15 +239,14 @@ fn listen(spec: &Spec) -> Result<(Listener, String, Option<PathBuf>)> {
 
 fn serve(spec: Spec) -> Result<Arc<Socket>> {
     let (listener, name, path) = listen(&spec)?;
+    if let Some(path) = path {
+        // Absolute, since the program may go elsewhere before its end.
+        let path = std::path::absolute(&path).unwrap_or(path);
+        SOCKETS.lock().unwrap_or_else(|e| e.into_inner()).push(path);
+    }
     let wait = spec.wait.unwrap_or(true);
-    let socket = Arc::new(Socket {
-        spec,
-        name,
-        peer: Mutex::default(),
-        fds: Mutex::default(),
-        path,
-        pump: Pump::default(),
-    });
+    let socket =
+        Arc::new(Socket { spec, name, peer: Mutex::default(), fds: Mutex::default(), pump: Pump::default() });
     let first = if wait {
         eprintln!("kvasir: info: waiting for connection on: {}", socket.filename());
         Some(listener.accept().map_err(host("cannot accept a connection"))?)
@@ -310,14 +318,8 @@ fn connect(spec: Spec) -> Result<Arc<Socket>> {
         }
         Err(e) => return Err(e),
     };
-    let socket = Arc::new(Socket {
-        spec,
-        name,
-        peer: Mutex::default(),
-        fds: Mutex::default(),
-        path: None,
-        pump: Pump::default(),
-    });
+    let socket =
+        Arc::new(Socket { spec, name, peer: Mutex::default(), fds: Mutex::default(), pump: Pump::default() });
     if let Some(peer) = &first {
         socket.set_peer(peer);
     }
@@ -420,15 +422,6 @@ impl Socket {
         };
         // A connection that broke ends in the reading thread.
         stream::write(peer.as_fd(), data, wait);
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // It may have been removed already.
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 

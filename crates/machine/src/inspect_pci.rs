@@ -68,7 +68,11 @@ impl Machine {
                 .built()
                 .plugged
                 .iter()
-                .find(|p| p.pci.as_ref().is_some_and(|at| Arc::ptr_eq(&at.bus, bus) && (at.slot, at.function) == (slot, function)))
+                .find(|p| {
+                    p.pci.as_ref().is_some_and(|at| {
+                        Arc::ptr_eq(&at.bus, bus) && (at.slot, at.function) == (slot, function)
+                    })
+                })
                 .and_then(|p| p.bag.id.clone());
             if let (Some(behind), Some((secondary, _, inside))) = (behind, &mut info.bridge) {
                 *inside = self.bus_info(&behind, *secondary, depth + 1);

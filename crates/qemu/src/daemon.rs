@@ -58,7 +58,8 @@ impl PidFile {
     pub(crate) fn create(path: &Path) -> Result<Self> {
         let fail = |e: std::io::Error| Error::new(format!("cannot create PID file {}: {e}", path.display()));
         let mut options = std::fs::File::options();
-        let mut file = options.create(true).read(true).write(true).truncate(false).open(path).map_err(fail)?;
+        let mut file =
+            options.create(true).read(true).write(true).truncate(false).open(path).map_err(fail)?;
         let lock = rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
         lock.map_err(|e| fail(e.into()))?;
         file.set_len(0).map_err(fail)?;

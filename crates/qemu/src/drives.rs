@@ -25,8 +25,27 @@ const THROTTLE: &[(&str, &str)] = &[
 ];
 
 const KNOWN: &[&str] = &[
-    "file", "if", "format", "media", "index", "bus", "unit", "id", "snapshot", "cache", "aio", "discard",
-    "detect-zeroes", "readonly", "read-only", "copy-on-read", "werror", "rerror", "serial", "auto-read-only", "bps",
+    "file",
+    "if",
+    "format",
+    "media",
+    "index",
+    "bus",
+    "unit",
+    "id",
+    "snapshot",
+    "cache",
+    "aio",
+    "discard",
+    "detect-zeroes",
+    "readonly",
+    "read-only",
+    "copy-on-read",
+    "werror",
+    "rerror",
+    "serial",
+    "auto-read-only",
+    "bps",
     "iops",
 ];
 
@@ -59,16 +78,15 @@ pub(crate) fn drive(plan: &mut Plan, numbers: &mut Numbers, mut p: Props, snapsh
     let media = take(&mut p, "media").unwrap_or_else(|| "disk".into());
     let number = |p: &mut Props, key: &str| match take(p, key) {
         None => Ok(None),
-        Some(t) => {
-            t.parse::<u32>().map(Some).map_err(|_| Error::new(format!("{key}={t} is not a number")))
-        }
+        Some(t) => t.parse::<u32>().map(Some).map_err(|_| Error::new(format!("{key}={t} is not a number"))),
     };
     if !["disk", "cdrom"].contains(&media.as_str()) {
         return Err(at(Error::new(format!("'{media}' invalid media: use disk or cdrom"))));
     }
     let (bus, unit) = (number(&mut p, "bus").map_err(at)?, number(&mut p, "unit").map_err(at)?);
     let index = number(&mut p, "index").map_err(at)?;
-    let index = index.or_else(|| (bus.is_some() || unit.is_some()).then(|| bus.unwrap_or(0) * 2 + unit.unwrap_or(0)));
+    let index =
+        index.or_else(|| (bus.is_some() || unit.is_some()).then(|| bus.unwrap_or(0) * 2 + unit.unwrap_or(0)));
     let n = numbers.next(&interface, index);
     let given = take(&mut p, "id");
     let id = given.clone().unwrap_or_else(|| {
@@ -123,7 +141,11 @@ fn device_of(interface: &str, media: &str, n: u32) -> Result<Option<Bag>> {
         ("scsi", _) => Some(Bag::new("scsi-cd")),
         ("floppy", _) => return unsupported("there is no floppy controller"),
         ("sd" | "mtd" | "xen", _) => return unsupported("a PC has none; use virtio, ide, scsi or none"),
-        _ => return Err(Error::new(format!("unsupported bus type '{interface}': use virtio, ide, scsi or none"))),
+        _ => {
+            return Err(Error::new(format!(
+                "unsupported bus type '{interface}': use virtio, ide, scsi or none"
+            )));
+        }
     })
 }
 
@@ -203,7 +225,8 @@ impl Nodes {
     /// Takes a `-blockdev`.
     pub(crate) fn add(&mut self, bag: &Bag) -> Result<()> {
         let name = bag.props.get("node-name").map(text);
-        let name = name.ok_or_else(|| Error::new("-blockdev: 'node-name' must be specified for the root node"))?;
+        let name =
+            name.ok_or_else(|| Error::new("-blockdev: 'node-name' must be specified for the root node"))?;
         base::props::check_id(&name)?;
         if self.0.insert(name.clone(), bag.clone()).is_some() {
             return Err(Error::new(format!("-blockdev: Duplicate nodes with node-name='{name}'")));
@@ -216,11 +239,14 @@ impl Nodes {
         let used: Vec<String> = self
             .0
             .values()
-            .flat_map(|b| ["file", "backing"].iter().filter_map(|k| b.props.get(*k)).filter_map(Value::as_str))
+            .flat_map(|b| {
+                ["file", "backing"].iter().filter_map(|k| b.props.get(*k)).filter_map(Value::as_str)
+            })
             .map(String::from)
             .collect();
         let top = self.0.iter().filter(|(name, _)| !used.contains(name));
-        top.map(|(name, bag)| self.image(name, bag).map_err(|e| Error::new(format!("-blockdev {name}: {e}")))).collect()
+        top.map(|(name, bag)| self.image(name, bag).map_err(|e| Error::new(format!("-blockdev {name}: {e}"))))
+            .collect()
     }
 
     /// One image, from its format node and the storage node below it.
@@ -244,7 +270,9 @@ impl Nodes {
         if let Some(detect) = take(&mut p, "detect-zeroes") {
             out = out.with("detect-zeroes", detect);
         }
-        if let Some(cache) = cache(p.remove("cache").or_else(|| storage.props.get("cache").cloned()), &storage.props) {
+        if let Some(cache) =
+            cache(p.remove("cache").or_else(|| storage.props.get("cache").cloned()), &storage.props)
+        {
             out = out.with("cache", cache);
         }
         // A backing chain is the image's own; null cuts it, which an image without one does not notice.
@@ -274,9 +302,11 @@ impl Nodes {
     /// The storage node under a format node: named, nested (JSON), or dotted (`file.filename=`).
     fn storage(&self, p: &mut Props) -> Result<Bag> {
         match p.remove("file") {
-            Some(Value::String(name)) => {
-                self.0.get(&name).cloned().ok_or_else(|| Error::new(format!("Cannot find device='' nor node-name='{name}'")))
-            }
+            Some(Value::String(name)) => self
+                .0
+                .get(&name)
+                .cloned()
+                .ok_or_else(|| Error::new(format!("Cannot find device='' nor node-name='{name}'"))),
             Some(Value::Object(mut inner)) => {
                 let driver = take(&mut inner, "driver").unwrap_or_else(|| "file".into());
                 Ok(Bag { driver, id: None, props: inner })
@@ -322,7 +352,9 @@ fn location(storage: &Bag) -> Result<String> {
             }
         }
         "null-co" | "null-aio" => Ok(format!("{}://", storage.driver)),
-        other => Err(Error::new(format!("driver '{other}' is not supported for storage: use file, host_device or nbd"))),
+        other => Err(Error::new(format!(
+            "driver '{other}' is not supported for storage: use file, host_device or nbd"
+        ))),
     }
 }
 
@@ -361,8 +393,13 @@ mod tests {
         .unwrap();
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].id.as_deref(), Some("f"));
-        assert_eq!((text(&all[0].props["file"]), text(&all[0].props["format"])), ("a.qcow2".into(), "qcow2".into()));
-        let all = nodes(&["raw,node-name=n,file.driver=file,file.filename=b.img,read-only=on,cache.direct=on"]).unwrap();
+        assert_eq!(
+            (text(&all[0].props["file"]), text(&all[0].props["format"])),
+            ("a.qcow2".into(), "qcow2".into())
+        );
+        let all =
+            nodes(&["raw,node-name=n,file.driver=file,file.filename=b.img,read-only=on,cache.direct=on"])
+                .unwrap();
         assert_eq!(all[0].props["read-only"], true);
         assert_eq!(all[0].props["cache"], "none");
         let all = nodes(&["file,node-name=p,filename=c.img"]).unwrap();

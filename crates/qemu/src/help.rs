@@ -104,7 +104,11 @@ pub(crate) fn devices(bag: Option<&Bag>) -> Result<String> {
     }
     let mut out = String::new();
     for model in devices::models() {
-        for name in model.names().iter().filter(|n| n.ends_with("-pci") || n.ends_with("-device") || model.names().len() == 1) {
+        for name in model
+            .names()
+            .iter()
+            .filter(|n| n.ends_with("-pci") || n.ends_with("-device") || model.names().len() == 1)
+        {
             let bus = match model.kind {
                 devices::Kind::Isa(_) => "ISA",
                 devices::Kind::Child { bus, .. } => bus,

@@ -59,7 +59,12 @@ fn old_drive(c: &mut Command, file: &str, props: &[(&str, &str)]) -> Result<()> 
     Ok(())
 }
 
-fn bag_or_help(c: &mut Command, text: &str, implied: &str, help: fn(Option<&Bag>) -> Result<String>) -> Result<Option<Bag>> {
+fn bag_or_help(
+    c: &mut Command,
+    text: &str,
+    implied: &str,
+    help: fn(Option<&Bag>) -> Result<String>,
+) -> Result<Option<Bag>> {
     if text == "help" || text == "?" {
         c.help = Some(help(None)?);
         return Ok(None);
@@ -74,15 +79,19 @@ fn bag_or_help(c: &mut Command, text: &str, implied: &str, help: fn(Option<&Bag>
 
 fn mon(c: &mut Command, text: &str) -> Result<()> {
     let mut props = parse_keyval(text, "chardev")?;
-    let chardev = crate::command::take(&mut props, "chardev")
-        .ok_or_else(|| Error::new("chardev= is missing"))?;
+    let chardev =
+        crate::command::take(&mut props, "chardev").ok_or_else(|| Error::new("chardev= is missing"))?;
     let pretty = crate::command::take_switch(&mut props, "pretty")?.unwrap_or(false);
     let mode = match (crate::command::take(&mut props, "mode").as_deref(), pretty) {
         (None | Some("readline"), false) => Mode::Readline,
         (Some("control"), false) => Mode::Control,
         (Some("control"), true) => Mode::ControlPretty,
-        (None | Some("readline"), true) => return Err(Error::new("'pretty' is not compatible with HMP monitors")),
-        (Some(other), _) => return Err(Error::new(format!("unknown monitor mode \"{other}\": use readline or control"))),
+        (None | Some("readline"), true) => {
+            return Err(Error::new("'pretty' is not compatible with HMP monitors"));
+        }
+        (Some(other), _) => {
+            return Err(Error::new(format!("unknown monitor mode \"{other}\": use readline or control")));
+        }
     };
     // The id names nothing.
     props.remove("id");
@@ -96,7 +105,9 @@ fn action(c: &mut Command, text: &str) -> Result<()> {
     let mut now = serde_json::to_value(c.actions).map_err(|e| Error::new(e.to_string()))?;
     for (key, value) in props {
         if !["reboot", "shutdown", "panic", "watchdog"].contains(&key.as_str()) {
-            return Err(Error::new(format!("Invalid parameter '{key}': use reboot, shutdown, panic or watchdog")));
+            return Err(Error::new(format!(
+                "Invalid parameter '{key}': use reboot, shutdown, panic or watchdog"
+            )));
         }
         now[&key] = value;
         c.actions = serde_json::from_value(now.clone())
@@ -189,17 +200,23 @@ pub(crate) const OPTIONS: &[Opt] = &[
         c.uuid = Some(help::uuid(v)?);
         Ok(())
     }),
-    value("boot", "[order=LETTERS][,once=LETTERS][,menu=on|off][,strict=on|off]...: what firmware boots", |c, v| {
-        let implied = if v.contains('=') { "" } else { "order" };
-        Command::merge(&mut c.boot, v, implied)
-    }),
+    value(
+        "boot",
+        "[order=LETTERS][,once=LETTERS][,menu=on|off][,strict=on|off]...: what firmware boots",
+        |c, v| {
+            let implied = if v.contains('=') { "" } else { "order" };
+            Command::merge(&mut c.boot, v, implied)
+        },
+    ),
     value("k", "LANGUAGE: keyboard layout of VNC clients that send characters", |c, v| {
         c.keyboard = Some(v.into());
         Ok(())
     }),
-    value("rtc", "[base=utc|localtime|DATE][,clock=host|rt|vm][,driftfix=none|slew]: the real-time clock", |c, v| {
-        Command::merge(&mut c.rtc, v, "base")
-    }),
+    value(
+        "rtc",
+        "[base=utc|localtime|DATE][,clock=host|rt|vm][,driftfix=none|slew]: the real-time clock",
+        |c, v| Command::merge(&mut c.rtc, v, "base"),
+    ),
     value("global", "DRIVER.PROPERTY=VALUE: a default for all devices of a kind", global),
     value("set", "GROUP.ID.ARG=VALUE: changes an option given before", |c, v| {
         let bad = || Error::new("expected GROUP.ID.ARG=VALUE");
@@ -209,7 +226,11 @@ pub(crate) const OPTIONS: &[Opt] = &[
         c.sets.push(((*group).into(), (*id).into(), (*arg).into(), value.into()));
         Ok(())
     }),
-    value("action", "reboot=reset|shutdown,shutdown=poweroff|pause,panic=...,watchdog=...: at the guest's ends", action),
+    value(
+        "action",
+        "reboot=reset|shutdown,shutdown=poweroff|pause,panic=...,watchdog=...: at the guest's ends",
+        action,
+    ),
     value("watchdog-action", "reset|shutdown|poweroff|inject-nmi|pause|debug|none", |c, v| {
         action(c, &format!("watchdog={v}"))
     }),
@@ -251,12 +272,16 @@ pub(crate) const OPTIONS: &[Opt] = &[
     no_value("virtfs", "9p file systems are not supported"),
     no_value("iscsi", "iSCSI images are not supported"),
     // Devices.
-    value("device", "DRIVER[,property=value...] or JSON: a device; 'help' lists them, 'DRIVER,help' its properties", |c, v| {
-        if let Some(bag) = bag_or_help(c, v, "driver", help::devices)? {
-            c.devices.push(bag);
-        }
-        Ok(())
-    }),
+    value(
+        "device",
+        "DRIVER[,property=value...] or JSON: a device; 'help' lists them, 'DRIVER,help' its properties",
+        |c, v| {
+            if let Some(bag) = bag_or_help(c, v, "driver", help::devices)? {
+                c.devices.push(bag);
+            }
+            Ok(())
+        },
+    ),
     flag("usb", "a USB controller", |c, _| {
         c.usb = true;
         Ok(())
@@ -269,9 +294,11 @@ pub(crate) const OPTIONS: &[Opt] = &[
         c.usb_devices.push(v.into());
         Ok(())
     }),
-    value("audiodev", "[driver=]none,id=ID: audio back end", |_, v| match Bag::parse(v, "driver")?.driver.as_str() {
-        "none" => Ok(()),
-        other => Err(Error::new(format!("audio back end '{other}' is not supported; use none"))),
+    value("audiodev", "[driver=]none,id=ID: audio back end", |_, v| {
+        match Bag::parse(v, "driver")?.driver.as_str() {
+            "none" => Ok(()),
+            other => Err(Error::new(format!("audio back end '{other}' is not supported; use none"))),
+        }
     }),
     no_value("audio", "sound is not supported"),
     no_flag("audio-help", "sound is not supported"),
@@ -282,16 +309,20 @@ pub(crate) const OPTIONS: &[Opt] = &[
         }
         Ok(())
     }),
-    value("nic", "[KIND][,model=MODEL][,mac=MAC][,option=value...]: a network card and its back end", |c, v| {
-        if v == "none" {
-            c.no_nic = true;
-            return Ok(());
-        }
-        if let Some(bag) = bag_or_help(c, v, "type", |_| Ok(help::netdevs()))? {
-            c.nics.push(bag);
-        }
-        Ok(())
-    }),
+    value(
+        "nic",
+        "[KIND][,model=MODEL][,mac=MAC][,option=value...]: a network card and its back end",
+        |c, v| {
+            if v == "none" {
+                c.no_nic = true;
+                return Ok(());
+            }
+            if let Some(bag) = bag_or_help(c, v, "type", |_| Ok(help::netdevs()))? {
+                c.nics.push(bag);
+            }
+            Ok(())
+        },
+    ),
     value("net", "none|nic|user|tap...: old form of -nic", |c, v| match v {
         "none" => {
             c.no_nic = true;
@@ -377,10 +408,14 @@ pub(crate) const OPTIONS: &[Opt] = &[
         }
         Ok(())
     }),
-    value("serial", "WHERE: a serial port: stdio, pty, file:PATH, unix:PATH, tcp:HOST:PORT, chardev:ID, none, null", |c, v| {
-        c.serials.push(v.into());
-        Ok(())
-    }),
+    value(
+        "serial",
+        "WHERE: a serial port: stdio, pty, file:PATH, unix:PATH, tcp:HOST:PORT, chardev:ID, none, null",
+        |c, v| {
+            c.serials.push(v.into());
+            Ok(())
+        },
+    ),
     value("parallel", "none: a parallel port", |c, v| {
         c.parallels.push(v.into());
         Ok(())

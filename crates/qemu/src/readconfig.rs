@@ -21,7 +21,9 @@ pub(crate) fn apply(command: &mut Command, text: &str) -> Result<()> {
             }
             let head = head.strip_suffix(']').ok_or_else(|| bad(number, "expected ]"))?;
             let (group, id) = match head.split_once(char::is_whitespace) {
-                Some((group, id)) => (group, Some(unquote(id.trim()).ok_or_else(|| bad(number, "expected \"ID\""))?)),
+                Some((group, id)) => {
+                    (group, Some(unquote(id.trim()).ok_or_else(|| bad(number, "expected \"ID\""))?))
+                }
                 None => (head, None),
             };
             let mut props = Props::new();

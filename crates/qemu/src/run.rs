@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use bus::Chardev;
 use chardev::{Escape, Mux};
 use machine::{Acceleration, Cause, Chardevs, Machine, Outcome, Remote};
-use monitor::{CharEntry, Context, Mode, Settings};
+use monitor::{CharEntry, Context, Settings};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -64,8 +64,10 @@ pub(crate) fn main(program: &str, args: &[String]) -> Result<u8> {
     let outcome = machine.run();
     context.flush();
     drop(machine);
+    drop(context);
     drop(pidfile);
     chardev::restore_terminal();
+    chardev::remove_sockets();
     Ok(match outcome? {
         Outcome::PoweredOff | Outcome::Reset | Outcome::Quit => 0,
         Outcome::Exited(status) => status,
@@ -81,9 +83,7 @@ fn init_logs(plan: &Plan) -> Result<()> {
     use tracing_subscriber::fmt::time::SystemTime;
     use tracing_subscriber::prelude::*;
     let mut filter = match std::env::var("KVASIR_LOG") {
-        Ok(text) => {
-            text.parse::<Targets>().map_err(|e| Error::new(format!("KVASIR_LOG={text}: {e}")))?
-        }
+        Ok(text) => text.parse::<Targets>().map_err(|e| Error::new(format!("KVASIR_LOG={text}: {e}")))?,
         Err(_) => Targets::new().with_default(LevelFilter::WARN),
     };
     for item in &plan.log_items {
@@ -94,8 +94,8 @@ fn init_logs(plan: &Plan) -> Result<()> {
     let registry = tracing_subscriber::registry();
     match &plan.log_file {
         Some(path) => {
-            let file = std::fs::File::create(path)
-                .map_err(|e| Error::new(format!("-D {}: {e}", path.display())))?;
+            let file =
+                std::fs::File::create(path).map_err(|e| Error::new(format!("-D {}: {e}", path.display())))?;
             let file = Arc::new(file);
             let layer = layer.with_writer(file);
             if plan.timestamps {
@@ -135,7 +135,8 @@ fn open_chardevs(plan: &Plan) -> Result<BTreeMap<String, Opened>> {
     let mut all = BTreeMap::new();
     for bag in &plan.chardevs {
         let id = bag.id.clone().unwrap_or_default();
-        let made = chardev::open(bag).map_err(|e| Error::new(format!("-chardev {},id={id}: {e}", bag.driver)))?;
+        let made =
+            chardev::open(bag).map_err(|e| Error::new(format!("-chardev {},id={id}: {e}", bag.driver)))?;
         if let Some(name) = made.chardev.filename().strip_prefix("pty:") {
             // QEMU's words, which scripts look for.
             eprintln!("char device redirected to {name} (label {id})");
@@ -148,7 +149,12 @@ fn open_chardevs(plan: &Plan) -> Result<BTreeMap<String, Opened>> {
 /// The first accelerator of the list that works here.
 fn accelerate(program: &str, plan: &Plan) -> Result<Acceleration> {
     let mut last = None;
-    for bag in &plan.accels {
+    for (i, bag) in plan.accels.iter().enumerate() {
+        // A /dev/kvm that cannot run ordinary guests is no reason to fail while there is something else to try.
+        if bag.driver == "kvm" && i + 1 < plan.accels.len() && !machine::kvm_usable() {
+            eprintln!("{program}: KVM cannot be used on this host");
+            continue;
+        }
         match machine::choose(bag) {
             Ok(found) => {
                 if last.is_some() {
@@ -162,7 +168,9 @@ fn accelerate(program: &str, plan: &Plan) -> Result<Acceleration> {
             }
         }
     }
-    Err(Error::new(last.map_or_else(|| "no accelerator".into(), |e| format!("no accelerator can be used: {e}"))))
+    Err(Error::new(
+        last.map_or_else(|| "no accelerator".into(), |e| format!("no accelerator can be used: {e}")),
+    ))
 }
 
 fn start_monitors(
@@ -192,7 +200,6 @@ fn start_monitors(
         let chardev = o.mux.as_ref().and_then(|m| m.share()).unwrap_or_else(|| o.chardev.clone());
         monitor::serve(&context, chardev, *mode).map_err(fail)?;
     }
-    let _ = Mode::Control;
     Ok(context)
 }
 

@@ -104,7 +104,11 @@ fn sets(c: &mut Command) -> Result<()> {
             "netdev" => &mut c.netdevs,
             "chardev" => &mut c.chardevs,
             "object" => &mut c.objects,
-            _ => return Err(Error::new(format!("-set: there is no group '{group}': use device, netdev, chardev or object"))),
+            _ => {
+                return Err(Error::new(format!(
+                    "-set: there is no group '{group}': use device, netdev, chardev or object"
+                )));
+            }
         };
         let bag = lists.iter_mut().find(|b| b.id.as_deref() == Some(&id));
         let bag = bag.ok_or_else(|| Error::new(format!("-set: there is no {group} \"{id}\" defined")))?;
@@ -147,7 +151,9 @@ fn machine(plan: &mut Plan, c: &mut Command) -> Result<Option<String>> {
         // Threads: one for each vCPU, always.
         match bag.props.remove("thread").map(|v| text(&v)).as_deref() {
             None | Some("multi") => {}
-            Some(other) => return Err(Error::new(format!("-accel thread={other} is not supported: use multi"))),
+            Some(other) => {
+                return Err(Error::new(format!("-accel thread={other} is not supported: use multi")));
+            }
         }
         if let Some(size) = bag.props.remove("tb-size") {
             bag.props.insert("cache".into(), format!("{}M", text(&size)).into());
@@ -203,7 +209,10 @@ fn machine(plan: &mut Plan, c: &mut Command) -> Result<Option<String>> {
     for (key, value) in std::mem::take(p) {
         plan.blueprint.machine.props.insert(key, value);
     }
-    plan.blueprint.machine.spec::<machine::blueprint::BoardSpec>().map_err(|e| Error::new(format!("-machine {e}")))?;
+    plan.blueprint
+        .machine
+        .spec::<machine::blueprint::BoardSpec>()
+        .map_err(|e| Error::new(format!("-machine {e}")))?;
     Ok(backend)
 }
 
@@ -223,7 +232,9 @@ fn memory(plan: &mut Plan, c: &mut Command, backend: Option<String>) -> Result<(
     if let Some(max) = take(p, "maxmem")
         && megabytes(&max).map_err(at)? != spec.size
     {
-        return Err(at(Error::new("maxmem= other than the size is not supported: memory cannot be plugged in")));
+        return Err(at(Error::new(
+            "maxmem= other than the size is not supported: memory cannot be plugged in",
+        )));
     }
     if take(p, "slots").is_some_and(|s| s != "0") {
         return Err(at(Error::new("slots= is not supported: memory cannot be plugged in")));
@@ -235,7 +246,8 @@ fn memory(plan: &mut Plan, c: &mut Command, backend: Option<String>) -> Result<(
     spec.prealloc = c.mem_prealloc;
     if let Some(id) = backend {
         let bag = plan.blueprint.objects.iter().find(|o| o.id.as_deref() == Some(&id));
-        let bag = bag.ok_or_else(|| Error::new(format!("-machine memory-backend={id}: there is no such object")))?;
+        let bag =
+            bag.ok_or_else(|| Error::new(format!("-machine memory-backend={id}: there is no such object")))?;
         let object: MemoryBackend = bag.spec()?;
         if size.is_some_and(|s| s != object.size) {
             return Err(Error::new(format!("Size specified by -m option must match size of backend '{id}'")));
@@ -247,7 +259,9 @@ fn memory(plan: &mut Plan, c: &mut Command, backend: Option<String>) -> Result<(
         spec.share = object.share.unwrap_or(bag.driver == "memory-backend-memfd");
         spec.path = object.mem_path;
         if object.merge == Some(true) {
-            return Err(Error::new(format!("object '{id}': merge=on is not supported: pages are not merged")));
+            return Err(Error::new(format!(
+                "object '{id}': merge=on is not supported: pages are not merged"
+            )));
         }
         plan.no_core |= object.dump == Some(false);
     }
@@ -406,7 +420,8 @@ fn consoles(plan: &mut Plan, c: &mut Command) -> Result<()> {
                 }
                 let id = format!("compat_monitor{n}");
                 n += 1;
-                let mut bag = chardev::shorthand(&text).map_err(|e| Error::new(format!("monitor {text}: {e}")))?;
+                let mut bag =
+                    chardev::shorthand(&text).map_err(|e| Error::new(format!("monitor {text}: {e}")))?;
                 bag.id = Some(id.clone());
                 // A monitor on the terminal shares it with its escape keys.
                 if bag.driver == "stdio" && mode == Mode::Readline {
@@ -418,7 +433,10 @@ fn consoles(plan: &mut Plan, c: &mut Command) -> Result<()> {
         }
     }
     for bag in &plan.chardevs {
-        let id = bag.id.as_deref().ok_or_else(|| Error::new(format!("-chardev {}: parameter 'id' is missing", bag.driver)))?;
+        let id = bag
+            .id
+            .as_deref()
+            .ok_or_else(|| Error::new(format!("-chardev {}: parameter 'id' is missing", bag.driver)))?;
         if plan.chardevs.iter().filter(|b| b.id.as_deref() == Some(id)).count() > 1 {
             return Err(Error::new(format!("Duplicate ID '{id}' for chardev")));
         }
@@ -450,7 +468,8 @@ fn globals(plan: &mut Plan, c: &Command) -> Result<()> {
             used = true;
         }
         if !used {
-            plan.warnings.push(format!("global {driver}.{property}={value} not used: there is no such device"));
+            plan.warnings
+                .push(format!("global {driver}.{property}={value} not used: there is no such device"));
         }
     }
     Ok(())

@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 pub(super) const COMMANDS: &[Entry] = &[
     entry("stop|s", "", "stop emulation", |s, _| s.qmp("stop", Value::Null).map(|_| String::new())),
     entry("cont|c", "", "resume emulation", |s, _| s.qmp("cont", Value::Null).map(|_| String::new())),
-    entry("system_reset", "", "reset the system", |s, _| s.qmp("system_reset", Value::Null).map(|_| String::new())),
+    entry("system_reset", "", "reset the system", |s, _| {
+        s.qmp("system_reset", Value::Null).map(|_| String::new())
+    }),
     entry("system_powerdown", "", "send system power down event", |s, _| {
         s.qmp("system_powerdown", Value::Null).map(|_| String::new())
     }),
@@ -21,17 +23,24 @@ pub(super) const COMMANDS: &[Entry] = &[
         s.select_cpu(index).map(|()| String::new())
     }),
     entry("balloon", "target", "request VM to change its memory allocation (in MB)", |s, args| {
-        let bytes = memory::parse_size(need(args, "target")?, 'M').map_err(|e| Error::generic(e.to_string()))?;
+        let bytes =
+            memory::parse_size(need(args, "target")?, 'M').map_err(|e| Error::generic(e.to_string()))?;
         s.qmp("balloon", json!({ "value": bytes })).map(|_| String::new())
     }),
-    entry("set_action", "[reboot=...] [shutdown=...] [panic=...] [watchdog=...]", "what to do at the guest's ends", |s, args| {
-        let mut map = Map::new();
-        for part in args.split_whitespace() {
-            let (key, value) = part.split_once('=').ok_or_else(|| Error::generic("expected ACTION=WHAT"))?;
-            map.insert(key.into(), value.into());
-        }
-        s.qmp("set-action", Value::Object(map)).map(|_| String::new())
-    }),
+    entry(
+        "set_action",
+        "[reboot=...] [shutdown=...] [panic=...] [watchdog=...]",
+        "what to do at the guest's ends",
+        |s, args| {
+            let mut map = Map::new();
+            for part in args.split_whitespace() {
+                let (key, value) =
+                    part.split_once('=').ok_or_else(|| Error::generic("expected ACTION=WHAT"))?;
+                map.insert(key.into(), value.into());
+            }
+            s.qmp("set-action", Value::Object(map)).map(|_| String::new())
+        },
+    ),
     entry("watchdog_action", "action", "change watchdog action", |s, args| {
         s.qmp("watchdog-set-action", json!({ "action": need(args, "action")? })).map(|_| String::new())
     }),

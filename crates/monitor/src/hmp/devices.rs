@@ -6,18 +6,23 @@ use base::props::Bag;
 use serde_json::{Value, json};
 
 pub(super) const COMMANDS: &[Entry] = &[
-    entry("device_add", "driver[,prop=value][,...]", "add device, like -device on the command line", |s, args| {
-        let args = need(args, "driver")?;
-        if args == "help" || args == "?" {
-            return s.run_info("qdm");
-        }
-        let bag = Bag::parse(args, "driver")?;
-        if bag.wants_help() {
-            let model = ::devices::find_model(&bag.driver)?;
-            return Ok(model.all_properties().help(&bag.driver));
-        }
-        s.qmp("device_add", members(bag, "driver")).map(|_| String::new())
-    }),
+    entry(
+        "device_add",
+        "driver[,prop=value][,...]",
+        "add device, like -device on the command line",
+        |s, args| {
+            let args = need(args, "driver")?;
+            if args == "help" || args == "?" {
+                return s.run_info("qdm");
+            }
+            let bag = Bag::parse(args, "driver")?;
+            if bag.wants_help() {
+                let model = ::devices::find_model(&bag.driver)?;
+                return Ok(model.all_properties().help(&bag.driver));
+            }
+            s.qmp("device_add", members(bag, "driver")).map(|_| String::new())
+        },
+    ),
     entry("device_del", "device", "remove device", |s, args| {
         s.qmp("device_del", json!({ "id": need(args, "id")? })).map(|_| String::new())
     }),

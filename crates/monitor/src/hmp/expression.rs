@@ -141,7 +141,8 @@ impl Parser<'_, '_> {
         let cpu = self.cpu;
         let word = self.word().to_ascii_lowercase();
         let cpu = cpu.ok_or_else(|| Error::generic("no CPU"))?;
-        super::registers::value(cpu, &word).ok_or_else(|| Error::generic(format!("unknown register '{word}'")))
+        super::registers::value(cpu, &word)
+            .ok_or_else(|| Error::generic(format!("unknown register '{word}'")))
     }
 }
 

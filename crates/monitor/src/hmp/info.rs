@@ -31,7 +31,12 @@ pub(super) const COMMANDS: &[Entry] = &[
     entry("uuid", "", "show the current VM UUID", |s, _| Ok(format!("{}\n", s.context.settings.uuid))),
     entry("cpus", "", "show infos for each CPU", cpus),
     entry("hotpluggable-cpus", "", "show information about hotpluggable CPUs", hotpluggable),
-    entry("registers", "[-a|vcpu]", "show the cpu registers (-a: show register info for all cpus)", show_registers),
+    entry(
+        "registers",
+        "[-a|vcpu]",
+        "show the cpu registers (-a: show register info for all cpus)",
+        show_registers,
+    ),
     entry("lapic", "[apic-id]", "show local apic state", lapic),
     entry("mem", "", "show the active virtual memory mappings", mappings),
     entry("tlb", "", "show virtual to physical memory mappings", tlb),
@@ -62,10 +67,15 @@ pub(super) const COMMANDS: &[Entry] = &[
         let b = s.qmp("query-balloon", Value::Null)?;
         Ok(format!("balloon: actual={}\n", b["actual"].as_u64().unwrap_or_default() >> 20))
     }),
-    entry("memory_size_summary", "", "show the amount of initially allocated and present hotpluggable memory in bytes", |s, _| {
-        let m = s.qmp("query-memory-size-summary", Value::Null)?;
-        Ok(format!("base memory: {}\nplugged memory: {}\n", m["base-memory"], m["plugged-memory"]))
-    }),
+    entry(
+        "memory_size_summary",
+        "",
+        "show the amount of initially allocated and present hotpluggable memory in bytes",
+        |s, _| {
+            let m = s.qmp("query-memory-size-summary", Value::Null)?;
+            Ok(format!("base memory: {}\nplugged memory: {}\n", m["base-memory"], m["plugged-memory"]))
+        },
+    ),
     entry("memory-devices", "", "show memory devices", |_, _| Ok(String::new())),
     entry("numa", "", "show NUMA information", |_, _| Ok("0 nodes\n".into())),
     entry("iothreads", "", "show iothreads", |s, _| {
@@ -171,7 +181,8 @@ fn lapic(s: &mut Shell<'_>, args: &str) -> Result<String> {
     for (name, at) in [("ISR", 0x100), ("IRR", 0x200)] {
         let bits = (0..256).filter(|v| word(at + 0x10 * (v / 32)) >> (v % 32) & 1 != 0);
         let bits: Vec<String> = bits.map(|v| v.to_string()).collect();
-        let _ = writeln!(out, "{name:<10} {}", if bits.is_empty() { "(none)".into() } else { bits.join(" ") });
+        let _ =
+            writeln!(out, "{name:<10} {}", if bits.is_empty() { "(none)".into() } else { bits.join(" ") });
     }
     Ok(out)
 }
@@ -219,7 +230,10 @@ fn table(
     }
 }
 
-fn paging(s: &Shell<'_>, f: impl FnOnce(&Machine, &accel::CpuState) -> String + Send + 'static) -> Result<String> {
+fn paging(
+    s: &Shell<'_>,
+    f: impl FnOnce(&Machine, &accel::CpuState) -> String + Send + 'static,
+) -> Result<String> {
     let cpu = s.cpu_state()?;
     if cpu.cr0 >> 31 & 1 == 0 {
         return Ok("PG disabled\n".into());
@@ -255,7 +269,11 @@ fn mappings(s: &mut Shell<'_>, _: &str) -> Result<String> {
     paging(s, |m, cpu| {
         let mut ranges: Vec<(u64, u64, String)> = Vec::new();
         let all = walk(m, cpu, &mut |at, entry, size| {
-            let kind = format!("{}r{}", if entry & 4 != 0 { 'u' } else { '-' }, if entry & 2 != 0 { 'w' } else { '-' });
+            let kind = format!(
+                "{}r{}",
+                if entry & 4 != 0 { 'u' } else { '-' },
+                if entry & 2 != 0 { 'w' } else { '-' }
+            );
             match ranges.last_mut() {
                 Some((_, end, k)) if *end == at && *k == kind => *end = at.wrapping_add(size),
                 _ => ranges.push((at, at.wrapping_add(size), kind)),
@@ -330,7 +348,11 @@ fn function(out: &mut String, p: &PciInfo) {
         let _ = writeln!(out, "      IRQ {}, pin {}", p.irq, (b'A' + (p.pin - 1).min(3)) as char);
     }
     if let Some((secondary, subordinate, _)) = &p.bridge {
-        let _ = writeln!(out, "      BUS {}.\n      secondary bus {secondary}.\n      subordinate bus {subordinate}.", p.bus);
+        let _ = writeln!(
+            out,
+            "      BUS {}.\n      secondary bus {secondary}.\n      subordinate bus {subordinate}.",
+            p.bus
+        );
     }
     for r in &p.regions {
         let at = r.address.unwrap_or(u64::MAX);
@@ -338,7 +360,8 @@ fn function(out: &mut String, p: &PciInfo) {
         let _ = if r.io {
             writeln!(out, "      BAR{}: I/O at {at:#06x} [{end:#06x}].", r.bar)
         } else {
-            let (bits, kind) = (if r.wide { 64 } else { 32 }, if r.prefetchable { " prefetchable" } else { "" });
+            let (bits, kind) =
+                (if r.wide { 64 } else { 32 }, if r.prefetchable { " prefetchable" } else { "" });
             writeln!(out, "      BAR{}: {bits} bit{kind} memory at {at:#010x} [{end:#010x}].", r.bar)
         };
     }
@@ -375,8 +398,13 @@ fn block(s: &mut Shell<'_>, _: &str) -> Result<String> {
             let read_only = bag.props.get("read-only").is_some_and(|v| v == true || v == "on");
             // Writing to a String cannot fail.
             let _ = writeln!(out, "{id}: {file} ({format}{})", if read_only { ", read-only" } else { "" });
-            if let Some(user) = m.devices().iter().find(|d| d.props.get("drive").and_then(Value::as_str) == Some(id)) {
-                let at = user.id.as_ref().map_or_else(|| user.driver.clone(), |i| format!("/machine/peripheral/{i}"));
+            if let Some(user) =
+                m.devices().iter().find(|d| d.props.get("drive").and_then(Value::as_str) == Some(id))
+            {
+                let at = user
+                    .id
+                    .as_ref()
+                    .map_or_else(|| user.driver.clone(), |i| format!("/machine/peripheral/{i}"));
                 let _ = writeln!(out, "    Attached to:      {at}");
             }
         }

@@ -142,7 +142,9 @@ impl Editor {
 
     fn bracket(&mut self, byte: u8, n: u16, out: &mut String) {
         match byte {
-            b'0'..=b'9' => self.escape = Escape::Bracket(n.saturating_mul(10).saturating_add((byte - b'0').into())),
+            b'0'..=b'9' => {
+                self.escape = Escape::Bracket(n.saturating_mul(10).saturating_add((byte - b'0').into()))
+            }
             b';' => self.escape = Escape::Bracket(0),
             b'A' => self.recall(-1, out),
             b'B' => self.recall(1, out),

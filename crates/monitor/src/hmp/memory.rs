@@ -15,22 +15,38 @@ pub(super) const COMMANDS: &[Entry] = &[
     entry("print|p", "/fmt expr", "print expression value (use $reg for CPU register access)", print),
     entry("i", "/fmt addr", "I/O port read", port_in),
     entry("o", "/fmt addr value", "I/O port write", port_out),
-    entry("gva2gpa", "addr", "print the guest physical address corresponding to a guest virtual address", gva2gpa),
-    entry("gpa2hva", "addr", "print the host virtual address corresponding to a guest physical address", |s, args| {
-        let cpu = s.cpu_state()?;
-        let gpa = expression::whole(need(args, "addr")?, Some(&cpu))?;
-        let hva = s.context.machine(move |m| m.memory().chunk(gpa, 1).map(|c| c.as_ptr() as u64))?;
-        match hva {
-            Ok(hva) => Ok(format!("Host virtual address for {gpa:#x} (pc.ram) is {hva:#x}\n")),
-            Err(_) => Err(Error::generic(format!("No memory is mapped at address {gpa:#x}"))),
-        }
-    }),
-    entry("memsave", "addr size file", "save to disk virtual memory dump starting at 'addr' of size 'size'", |s, args| {
-        save(s, args, "memsave")
-    }),
-    entry("pmemsave", "addr size file", "save to disk physical memory dump starting at 'addr' of size 'size'", |s, args| {
-        save(s, args, "pmemsave")
-    }),
+    entry(
+        "gva2gpa",
+        "addr",
+        "print the guest physical address corresponding to a guest virtual address",
+        gva2gpa,
+    ),
+    entry(
+        "gpa2hva",
+        "addr",
+        "print the host virtual address corresponding to a guest physical address",
+        |s, args| {
+            let cpu = s.cpu_state()?;
+            let gpa = expression::whole(need(args, "addr")?, Some(&cpu))?;
+            let hva = s.context.machine(move |m| m.memory().chunk(gpa, 1).map(|c| c.as_ptr() as u64))?;
+            match hva {
+                Ok(hva) => Ok(format!("Host virtual address for {gpa:#x} (pc.ram) is {hva:#x}\n")),
+                Err(_) => Err(Error::generic(format!("No memory is mapped at address {gpa:#x}"))),
+            }
+        },
+    ),
+    entry(
+        "memsave",
+        "addr size file",
+        "save to disk virtual memory dump starting at 'addr' of size 'size'",
+        |s, args| save(s, args, "memsave"),
+    ),
+    entry(
+        "pmemsave",
+        "addr size file",
+        "save to disk physical memory dump starting at 'addr' of size 'size'",
+        |s, args| save(s, args, "pmemsave"),
+    ),
     entry("sum", "addr size", "compute the checksum of a memory region", |s, args| {
         let cpu = s.cpu_state()?;
         let (start, rest) = expression::parse(need(args, "start")?, Some(&cpu))?;
@@ -66,7 +82,11 @@ fn form<'t>(args: &'t str, default: char, default_size: u32) -> Result<(Form, &'
     let (spec, rest) = word(rest);
     let digits = spec.find(|c: char| !c.is_ascii_digit()).unwrap_or(spec.len());
     if digits > 0 {
-        f.count = spec[..digits].parse().ok().filter(|n| *n <= MOST).ok_or_else(|| Error::generic("invalid count"))?;
+        f.count = spec[..digits]
+            .parse()
+            .ok()
+            .filter(|n| *n <= MOST)
+            .ok_or_else(|| Error::generic("invalid count"))?;
     }
     let mut sized = false;
     for c in spec[digits..].chars() {
@@ -119,7 +139,11 @@ impl Shell<'_> {
             } else {
                 m.linear(&cpu, address, Access::Read(&mut data)).is_ok()
             };
-            if found { Ok(data) } else { Err(Error::generic(format!("Cannot access memory at {address:#x}"))) }
+            if found {
+                Ok(data)
+            } else {
+                Err(Error::generic(format!("Cannot access memory at {address:#x}")))
+            }
         })?
     }
 }
@@ -180,7 +204,8 @@ fn disassemble(s: &Shell<'_>, cpu: &CpuState, start: u64, count: u32, physical: 
         let i = Decoder::with_ip(registers::code_bits(cpu), &code, at, DecoderOptions::NONE).decode();
         let mut text = String::new();
         formatter.format(&i, &mut text);
-        let bytes: Vec<String> = code[..i.len().max(1).min(code.len())].iter().map(|b| format!("{b:02x}")).collect();
+        let bytes: Vec<String> =
+            code[..i.len().max(1).min(code.len())].iter().map(|b| format!("{b:02x}")).collect();
         let _ = writeln!(out, "{at:#010x}:  {:<24} {text}", bytes.join(" "));
         at = at.wrapping_add(i.len().max(1) as u64);
     }

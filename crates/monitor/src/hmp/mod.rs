@@ -36,16 +36,17 @@ const fn entry(
 
 const GROUPS: &[&[Entry]] = &[control::COMMANDS, devices::COMMANDS, memory::COMMANDS, INFO, HELP];
 
-const INFO: &[Entry] = &[entry("info", "[subcommand]", "show various information about the system state", |shell, args| {
-    let (name, rest) = word(args);
-    if name.is_empty() {
-        return Ok(list(info::COMMANDS, "info "));
-    }
-    match find(&[info::COMMANDS], name) {
-        Some(e) => (e.run)(shell, rest),
-        None => Ok(unknown(&format!("info {name}"), &[info::COMMANDS], name)),
-    }
-})];
+const INFO: &[Entry] =
+    &[entry("info", "[subcommand]", "show various information about the system state", |shell, args| {
+        let (name, rest) = word(args);
+        if name.is_empty() {
+            return Ok(list(info::COMMANDS, "info "));
+        }
+        match find(&[info::COMMANDS], name) {
+            Some(e) => (e.run)(shell, rest),
+            None => Ok(unknown(&format!("info {name}"), &[info::COMMANDS], name)),
+        }
+    })];
 
 const HELP: &[Entry] = &[entry("help|?", "[cmd]", "show the help", |_, args| {
     let (name, rest) = word(args);
@@ -127,7 +128,8 @@ impl<'a> Shell<'a> {
 
     /// Words that a command may be given.
     fn arguments_of(&self, command: &str) -> Vec<String> {
-        let ids = |f: fn(&machine::Machine) -> Vec<String>| self.context.machine(move |m| f(m)).unwrap_or_default();
+        let ids =
+            |f: fn(&machine::Machine) -> Vec<String>| self.context.machine(move |m| f(m)).unwrap_or_default();
         match command {
             "device_add" => ::devices::models().iter().flat_map(|m| m.names()).collect(),
             "device_del" => ids(|m| m.devices().into_iter().filter_map(|b| b.id).collect()),

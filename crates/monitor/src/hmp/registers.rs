@@ -4,8 +4,10 @@ use accel::CpuState;
 use accel::state::Segment;
 use std::fmt::Write;
 
-const WIDE: [&str; 16] =
-    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+const WIDE: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
 const NARROW: [&str; 8] = ["eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi"];
 const SEGMENTS: [&str; 6] = ["ES", "CS", "SS", "DS", "FS", "GS"];
 
@@ -51,14 +53,19 @@ pub(super) fn dump(index: u32, cpu: &CpuState) -> String {
     let flag = |bit: u32, c: char| if cpu.rflags >> bit & 1 != 0 { c } else { '-' };
     let flags: String = [(11, 'O'), (10, 'D'), (7, 'S'), (6, 'Z'), (4, 'A'), (2, 'P'), (0, 'C')]
         .iter()
-        .map(|(bit, c)| if *bit == 10 { if cpu.rflags >> 10 & 1 != 0 { 'D' } else { '-' } } else { flag(*bit, *c) })
+        .map(
+            |(bit, c)| {
+                if *bit == 10 { if cpu.rflags >> 10 & 1 != 0 { 'D' } else { '-' } } else { flag(*bit, *c) }
+            },
+        )
         .collect();
     let cpl = cpu.segments[2].attributes >> 5 & 3;
     let state = format!("[{flags}] CPL={cpl} II={} A20=1 SMM=0 HLT={halted}", u32::from(cpu.events.shadow));
     let r = &cpu.gpr;
     // Writing to a String cannot fail.
     let _ = if long {
-        let order = [(0, "RAX"), (3, "RBX"), (1, "RCX"), (2, "RDX"), (6, "RSI"), (7, "RDI"), (5, "RBP"), (4, "RSP")];
+        let order =
+            [(0, "RAX"), (3, "RBX"), (1, "RCX"), (2, "RDX"), (6, "RSI"), (7, "RDI"), (5, "RBP"), (4, "RSP")];
         for (i, (n, name)) in order.iter().enumerate() {
             let _ = write!(out, "{name}={:016x}{}", r[*n], if i % 4 == 3 { '\n' } else { ' ' });
         }
@@ -67,7 +74,8 @@ pub(super) fn dump(index: u32, cpu: &CpuState) -> String {
         }
         writeln!(out, "RIP={:016x} RFL={:08x} {state}", cpu.rip, cpu.rflags)
     } else {
-        let order = [(0, "EAX"), (3, "EBX"), (1, "ECX"), (2, "EDX"), (6, "ESI"), (7, "EDI"), (5, "EBP"), (4, "ESP")];
+        let order =
+            [(0, "EAX"), (3, "EBX"), (1, "ECX"), (2, "EDX"), (6, "ESI"), (7, "EDI"), (5, "EBP"), (4, "ESP")];
         for (i, (n, name)) in order.iter().enumerate() {
             let _ = write!(out, "{name}={:08x}{}", r[*n] as u32, if i % 4 == 3 { '\n' } else { ' ' });
         }

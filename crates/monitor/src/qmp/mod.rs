@@ -129,7 +129,6 @@ impl Command {
         self.features = features;
         self
     }
-
 }
 
 fn typed<A: DeserializeOwned, R: Serialize>(

@@ -71,6 +71,13 @@ fn check_value(schema: &'static Value, value: &Value, path: &str, depth: usize) 
         return Ok(());
     }
     let schema = resolve(schema, &all().definitions);
+    if let Some(choices) = constants(schema) {
+        return match value.as_str() {
+            Some(_) if choices.contains(&value) => Ok(()),
+            Some(text) => Err(Error::generic(format!("Parameter '{path}' does not accept value '{text}'"))),
+            None => Err(Error::generic(format!("Invalid parameter type for '{path}', expected: string"))),
+        };
+    }
     let kinds: Vec<&str> = match schema.get("type") {
         Some(Value::String(t)) => vec![t],
         Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).collect(),
@@ -109,6 +116,17 @@ fn check_value(schema: &'static Value, value: &Value, path: &str, depth: usize) 
         },
         _ => Ok(()),
     }
+}
+
+/// The values of an enumeration whose values have descriptions of their own, or an option of one.
+fn constants(schema: &'static Value) -> Option<Vec<&'static Value>> {
+    let list = ["anyOf", "oneOf"].iter().find_map(|k| schema.get(*k)?.as_array())?;
+    let real: Vec<&'static Value> =
+        list.iter().filter(|s| s.get("type").and_then(Value::as_str) != Some("null")).collect();
+    if let ([one], true) = (real.as_slice(), real.len() < list.len()) {
+        return constants(resolve(one, &all().definitions));
+    }
+    real.iter().map(|s| s.get("const")).collect()
 }
 
 /// The result of `query-qmp-schema`: QAPI's form of the schemas.
