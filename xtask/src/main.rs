@@ -11,6 +11,7 @@ mod kernel;
 mod lab;
 mod modules;
 mod paths;
+mod qemu;
 mod stopwatch;
 mod tiny;
 
@@ -34,6 +35,8 @@ enum Task {
     Lab(lab::Options),
     /// Measure, and print the rows of docs/performance.md
     Bench(bench::Options),
+    /// Fetch the newest of QEMU's disk image tools, and print their directory, for KVASIR_QEMU_BIN
+    QemuTools,
     /// Start a virtual machine monitor and time it until its guest prints a line (used by the scenarios)
     Stopwatch(stopwatch::Options),
 }
@@ -43,6 +46,7 @@ fn main() -> Result<ExitCode> {
         Task::Guest(options) => guest::task(&options),
         Task::Lab(options) => lab::task(&options),
         Task::Bench(options) => bench::task(&options),
+        Task::QemuTools => qemu::task(),
         Task::Stopwatch(options) => stopwatch::task(&options),
     }
 }

@@ -17,8 +17,9 @@
 //!   ([`formats::Format::map`]), where a write may go (`prepare_write`), and makes a finished write visible (`commit_write`).
 //!   What it may rely on, and what it must guarantee, stands on the trait.
 //! * [`Image`] drives a format, its storages and its backing image. It is `Send + Sync` and synchronous: any number of
-//!   threads call [`Image::read_at`] and [`Image::write_at`] at once. Where an image is flat ([`Image::direct`]), a device
-//!   may do its I/O itself on the descriptor (io_uring), and need not come here for data at all.
+//!   threads call [`Image::read_at`] and [`Image::write_at`] at once.
+//! * [`queue::Queue`] keeps many requests of one thread in flight, without waiting for any: by io_uring where the image is flat
+//!   ([`Image::direct`]), by threads otherwise. Device models use it; how is told there.
 //!
 //! Around these: [`nbd`] serves images and uses served ones; [`jobs`] mirror, back up, stream and commit images in use, seeing the
 //! guest's writes through [`Image::watch`]; [`Throttle`] limits images one by one or in groups.
@@ -45,6 +46,7 @@ mod image;
 pub mod jobs;
 pub mod nbd;
 mod options;
+pub mod queue;
 mod range_lock;
 pub mod secret;
 pub mod storage;

@@ -31,7 +31,9 @@ impl Source {
         format: Option<&str>,
         options: &mut OpenOptions,
     ) -> Result<String> {
-        options.secrets = self.secrets()?;
+        let objects = objects::parse(&self.object)?;
+        options.secrets = objects.secrets;
+        options.credentials = objects.credentials;
         options.force_share |= self.force_share && options.read_only;
         options.format = format.map(str::to_owned);
         if !self.image_opts {

@@ -6,6 +6,7 @@ mod copy;
 mod json;
 mod localtime;
 mod objects;
+mod overlay;
 mod progress;
 mod signals;
 mod text;

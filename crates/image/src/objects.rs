@@ -1,6 +1,6 @@
 //! `--object`: secrets and other things that images refer to by name.
 
-use block::{Error, Options, Result, secret};
+use block::{Error, Options, Result, nbd::TlsCredentials, secret};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// What the `--object` arguments define.
@@ -8,6 +8,8 @@ use std::{collections::BTreeMap, sync::Arc};
 pub(crate) struct Objects {
     /// Secrets by id.
     pub(crate) secrets: Arc<BTreeMap<String, Vec<u8>>>,
+    /// TLS credentials by id.
+    pub(crate) credentials: Arc<BTreeMap<String, TlsCredentials>>,
 }
 
 /// Takes `secret,id=x,data=y`, `qom-type=secret,id=...` or a JSON object apart: kind and properties.
@@ -32,16 +34,25 @@ fn split(text: &str) -> Result<(String, Options)> {
 /// Reads the arguments in order; a secret may refer to one before it.
 pub(crate) fn parse(arguments: &[String]) -> Result<Objects> {
     let mut secrets = BTreeMap::new();
+    let mut credentials = BTreeMap::new();
     for text in arguments {
         let (kind, mut options) = split(text)?;
         let id = options.take("id").ok_or_else(|| Error::usage("Parameter 'id' is missing"))?;
-        if secrets.contains_key(&id) {
+        if secrets.contains_key(&id) || credentials.contains_key(&id) {
             return Err(Error::usage(format!("attempt to add duplicate property '{id}' to object")));
         }
         match kind.as_str() {
             "secret" => {
                 let value = secret::load(&mut options, &secrets)?;
                 secrets.insert(id, value);
+            }
+            "tls-creds-x509" => {
+                credentials.insert(id, TlsCredentials::take(&mut options)?);
+            }
+            "tls-creds-psk" | "tls-creds-anon" => {
+                return Err(Error::unsupported(format!(
+                    "'{kind}': only certificates are supported for TLS; use tls-creds-x509"
+                )));
             }
             other => {
                 return Err(Error::usage(format!(
@@ -51,7 +62,7 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Objects> {
         }
         options.finish(&format!("object '{kind}'"))?;
     }
-    Ok(Objects { secrets: Arc::new(secrets) })
+    Ok(Objects { secrets: Arc::new(secrets), credentials: Arc::new(credentials) })
 }
 
 #[cfg(test)]

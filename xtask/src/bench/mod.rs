@@ -2,6 +2,8 @@
 
 mod boot;
 mod softcpu;
+mod image;
+mod resources;
 
 use std::process::ExitCode;
 
@@ -20,11 +22,14 @@ enum What {
     Boot(boot::Options),
     /// Many kinds of work on the software CPU beside QEMU's TCG and this machine itself
     Softcpu(softcpu::Options),
+    /// The image tool beside QEMU's: converting, checking, mapping, comparing, start-up, NBD
+    Image(image::Options),
 }
 
 pub fn task(options: &Options) -> Result<ExitCode> {
     match &options.what {
         What::Boot(options) => boot::task(options),
         What::Softcpu(options) => softcpu::task(options),
+        What::Image(options) => image::task(options),
     }
 }

@@ -44,6 +44,8 @@ pub struct OpenOptions {
     pub exclusive: bool,
     /// Secrets by id.
     pub secrets: Arc<BTreeMap<String, Vec<u8>>>,
+    /// TLS credentials by id, for connections.
+    pub credentials: Arc<BTreeMap<String, crate::nbd::TlsCredentials>>,
 }
 
 impl OpenOptions {
@@ -128,6 +130,11 @@ fn locate(options: &mut OpenOptions) -> Result<Location> {
             && formats::find(driver).is_none()
         {
             file.set("driver", driver);
+            given.take("driver");
+            // All of the options are the storage's.
+            for (key, value) in std::mem::take(given).iter() {
+                file.set(key, value);
+            }
             given.set("driver", "raw");
         }
     }
@@ -153,7 +160,7 @@ fn locate(options: &mut OpenOptions) -> Result<Location> {
             rest.set(&format!("file.{key}"), value);
         }
     }
-    let location = Location::from_options(&mut map)?;
+    let location = Location::from_options(&mut map, &options.secrets, &options.credentials)?;
     if let Some(key) = map.keys().next() {
         return Err(Error::usage(format!("Block protocol does not support the option '{key}'")));
     }

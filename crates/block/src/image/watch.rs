@@ -17,12 +17,14 @@ pub(super) struct Watch {
     next: AtomicU64,
     throttle: RwLock<Option<Arc<Throttle>>>,
     throttled: AtomicBool,
+    /// Requests that go round the image to its file (see [`crate::queue`]).
+    direct: AtomicU64,
 }
 
 impl Watch {
     /// Whether I/O has to come through the image to be seen or slowed.
     pub(super) fn is_active(&self) -> bool {
-        self.watched.load(Ordering::Acquire) || self.throttled.load(Ordering::Acquire)
+        self.watched.load(Ordering::SeqCst) || self.throttled.load(Ordering::SeqCst)
     }
 }
 
@@ -45,12 +47,31 @@ impl Drop for Change<'_> {
 }
 
 impl Image {
-    /// Shows every change to a watcher from now on; the number serves to end it. [`Image::direct`] refuses meanwhile.
+    /// Shows every change to a watcher from now on; the number serves to end it. [`Image::direct`] refuses meanwhile. Waits for
+    /// requests that a [`crate::queue::Queue`] has in flight, whose thread must not be the one that calls this.
     pub fn watch(&self, watcher: Arc<dyn Watcher>) -> u64 {
         let id = self.watch.next.fetch_add(1, Ordering::Relaxed);
         self.watch.watchers.write().unwrap_or_else(|e| e.into_inner()).push((id, watcher));
-        self.watch.watched.store(true, Ordering::Release);
+        self.watch.watched.store(true, Ordering::SeqCst);
+        self.await_direct();
         id
+    }
+
+    /// A request goes round the image from now on, if [`Image::direct`] still allows it.
+    pub(crate) fn enter_direct(&self) {
+        self.watch.direct.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// It is over, or does not go round after all.
+    pub(crate) fn leave_direct(&self) {
+        self.watch.direct.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Waits for requests that went round the image before it was to be watched.
+    fn await_direct(&self) {
+        while self.watch.direct.load(Ordering::SeqCst) > 0 {
+            std::thread::sleep(std::time::Duration::from_micros(50));
+        }
     }
 
     /// Ends what [`Image::watch`] began.

@@ -3,7 +3,7 @@
 //! Any number of threads send requests over one connection. There is no thread of its own to read answers: a thread that
 //! waits reads whatever comes, hands it to whom it belongs, and goes on until its own answer is there.
 
-use super::{proto::*, socket::Socket};
+use super::{address::NbdAddress, proto::*, socket::Socket};
 use crate::{
     Error, Result,
     storage::{Held, Storage, StorageOptions, ZeroFlags, Zeroing},
@@ -11,116 +11,9 @@ use crate::{
 use std::{
     collections::HashMap,
     io::{BufReader, Read, Write},
-    net::TcpStream,
-    os::unix::net::UnixStream,
-    path::PathBuf,
     sync::{Arc, Condvar, Mutex, RwLock},
+    time::{Duration, Instant},
 };
-
-/// Where an export is.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NbdAddress {
-    /// A unix socket; otherwise TCP.
-    pub socket: Option<PathBuf>,
-    /// Host, for TCP.
-    pub host: String,
-    /// Port, for TCP.
-    pub port: u16,
-    /// Name of the export.
-    pub export: String,
-}
-
-/// The default port.
-const PORT: u16 = 10809;
-
-impl NbdAddress {
-    /// Reads `nbd://host:port/export`, `nbd+unix:///export?socket=path`, `nbd:host:port[:exportname=x]` and
-    /// `nbd:unix:path[:exportname=x]`.
-    pub fn parse(name: &str) -> Result<Self> {
-        let bad = || {
-            Error::usage(format!(
-                "Invalid NBD name '{name}'; use nbd://host[:port]/export or nbd+unix:///export?socket=path"
-            ))
-        };
-        if name.starts_with("nbds:") || name.starts_with("nbds+unix:") {
-            return Err(Error::unsupported(
-                "NBD over TLS is not built in; use a TLS tunnel to a unix socket",
-            ));
-        }
-        if let Some(rest) = name.strip_prefix("nbd+unix://") {
-            let (path, query) = rest.split_once('?').ok_or_else(bad)?;
-            let socket = query.split('&').find_map(|p| p.strip_prefix("socket=")).ok_or_else(bad)?;
-            let export = decode(path.strip_prefix('/').unwrap_or(path)).ok_or_else(bad)?;
-            return Ok(NbdAddress {
-                socket: Some(decode(socket).ok_or_else(bad)?.into()),
-                host: String::new(),
-                port: 0,
-                export,
-            });
-        }
-        if let Some(rest) = name.strip_prefix("nbd://").or_else(|| name.strip_prefix("nbd+tcp://")) {
-            let (server, export) = rest.split_once('/').unwrap_or((rest, ""));
-            let (host, port) = split_port(server).ok_or_else(bad)?;
-            return Ok(NbdAddress { socket: None, host, port, export: decode(export).ok_or_else(bad)? });
-        }
-        let rest = name.strip_prefix("nbd:").ok_or_else(bad)?;
-        let (server, export) = match rest.split_once(":exportname=") {
-            Some((server, export)) => (server, export.to_owned()),
-            None => (rest, String::new()),
-        };
-        if let Some(path) = server.strip_prefix("unix:") {
-            return Ok(NbdAddress { socket: Some(path.into()), host: String::new(), port: 0, export });
-        }
-        let (host, port) = split_port(server).ok_or_else(bad)?;
-        Ok(NbdAddress { socket: None, host, port, export })
-    }
-
-    fn connect(&self) -> std::io::Result<Socket> {
-        Ok(match &self.socket {
-            Some(path) => Socket::Unix(UnixStream::connect(path)?),
-            None => Socket::Tcp(TcpStream::connect((self.host.as_str(), self.port))?),
-        })
-    }
-}
-
-impl std::fmt::Display for NbdAddress {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.socket {
-            Some(path) => write!(f, "nbd+unix:///{}?socket={}", self.export, path.display()),
-            None => write!(f, "nbd://{}:{}/{}", self.host, self.port, self.export),
-        }
-    }
-}
-
-fn split_port(server: &str) -> Option<(String, u16)> {
-    if server.is_empty() {
-        return Some(("localhost".into(), PORT));
-    }
-    if let Some(rest) = server.strip_prefix('[') {
-        let (host, tail) = rest.split_once(']')?;
-        let port = tail.strip_prefix(':').map_or(Some(PORT), |p| p.parse().ok())?;
-        return Some((host.to_owned(), port));
-    }
-    match server.split_once(':') {
-        Some((host, port)) => Some((host.to_owned(), port.parse().ok()?)),
-        None => Some((server.to_owned(), PORT)),
-    }
-}
-
-/// Takes %xx apart.
-fn decode(text: &str) -> Option<String> {
-    let mut out = Vec::new();
-    let mut bytes = text.bytes();
-    while let Some(b) = bytes.next() {
-        if b == b'%' {
-            let digits = [bytes.next()?, bytes.next()?];
-            out.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
-        } else {
-            out.push(b);
-        }
-    }
-    String::from_utf8(out).ok()
-}
 
 /// An answer as it comes in.
 #[derive(Debug, Default)]
@@ -129,7 +22,7 @@ struct Reply {
     message: String,
     /// Parts of the data read: offset in the request, bytes.
     data: Vec<(u64, Vec<u8>)>,
-    status: Vec<(u32, u32)>,
+    status: Vec<(u64, u64)>,
     done: bool,
 }
 
@@ -137,7 +30,7 @@ struct Reply {
 struct Pending {
     reply: Reply,
     offset: u64,
-    len: u32,
+    len: u64,
     reads: bool,
 }
 
@@ -157,6 +50,7 @@ struct Connection {
     board: Mutex<Board>,
     changed: Condvar,
     structured: bool,
+    extended: bool,
     allocation: bool,
     size: u64,
     flags: u16,
@@ -173,11 +67,57 @@ pub struct NbdStorage {
     writethrough: bool,
 }
 
+/// An option's next reply: kind and data.
+pub(super) fn option_reply(reader: &mut impl Read, option: u32) -> Result<(u32, Vec<u8>)> {
+    if take_u64(reader)? != OPTION_REPLY_MAGIC || take_u32(reader)? != option {
+        return Err(Error::invalid("NBD server answers another option"));
+    }
+    let (kind, len) = (take_u32(reader)?, take_u32(reader)?);
+    Ok((kind, take_vec(reader, len, 1 << 20)?))
+}
+
+/// The server's greeting, and the answer to it.
+pub(super) fn greet(socket: &mut Socket, address: &NbdAddress) -> Result<()> {
+    if take_u64(socket)? != INIT_MAGIC {
+        return Err(Error::invalid(format!("'{address}' is not an NBD server")));
+    }
+    if take_u64(socket)? != OPTION_MAGIC {
+        return Err(Error::unsupported(format!(
+            "'{address}' speaks the oldstyle NBD protocol, which is obsolete"
+        )));
+    }
+    let flags = take_u16(socket)?;
+    if flags & FIXED_NEWSTYLE == 0 {
+        return Err(Error::unsupported(format!("'{address}' speaks an obsolete NBD protocol")));
+    }
+    let answer = u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes();
+    socket.write_all(&answer).map_err(|e| Error::io("NBD connection", e))
+}
+
+/// Asks for TLS; what follows on the socket is its handshake.
+pub(super) fn start_tls(socket: &mut Socket, address: &NbdAddress) -> Result<()> {
+    let mut out = OPTION_MAGIC.to_be_bytes().to_vec();
+    out.extend(OPT_STARTTLS.to_be_bytes());
+    out.extend([0; 4]);
+    socket.write_all(&out).map_err(|e| Error::io("NBD connection", e))?;
+    match option_reply(socket, OPT_STARTTLS)? {
+        (REP_ACK, _) => Ok(()),
+        _ => Err(Error::unsupported(format!(
+            "'{address}' offers no TLS; start the server with TLS credentials, or connect without"
+        ))),
+    }
+}
+
 impl Connection {
     fn open(address: &NbdAddress) -> Result<Self> {
         let failed = |e: std::io::Error| Error::io(format!("Failed to connect to '{address}'"), e);
-        let socket = address.connect().map_err(failed)?;
+        let mut socket = address.connect().map_err(failed)?;
         socket.set_nodelay();
+        greet(&mut socket, address)?;
+        if let Some(tls) = &address.tls {
+            start_tls(&mut socket, address)?;
+            socket = tls.connect(socket, &address.host)?;
+        }
         let mut reader = BufReader::with_capacity(1 << 16, socket.try_clone().map_err(failed)?);
         let mut connection = Connection {
             writer: Mutex::new(socket),
@@ -185,6 +125,7 @@ impl Connection {
             board: Mutex::default(),
             changed: Condvar::new(),
             structured: false,
+            extended: false,
             allocation: false,
             size: 0,
             flags: 0,
@@ -207,31 +148,15 @@ impl Connection {
         self.send(&out, data)
     }
 
-    /// An option's next reply: kind and data.
-    fn option_reply(reader: &mut impl Read, option: u32) -> Result<(u32, Vec<u8>)> {
-        if take_u64(reader)? != OPTION_REPLY_MAGIC || take_u32(reader)? != option {
-            return Err(Error::invalid("NBD server answers another option"));
-        }
-        let (kind, len) = (take_u32(reader)?, take_u32(reader)?);
-        Ok((kind, take_vec(reader, len, 1 << 20)?))
-    }
-
     fn negotiate(&mut self, reader: &mut BufReader<Socket>, address: &NbdAddress) -> Result<()> {
-        if take_u64(reader)? != INIT_MAGIC {
-            return Err(Error::invalid(format!("'{address}' is not an NBD server")));
+        self.option(OPT_EXTENDED_HEADERS, &[])?;
+        self.extended = option_reply(reader, OPT_EXTENDED_HEADERS)?.0 == REP_ACK;
+        if self.extended {
+            self.structured = true;
+        } else {
+            self.option(OPT_STRUCTURED_REPLY, &[])?;
+            self.structured = option_reply(reader, OPT_STRUCTURED_REPLY)?.0 == REP_ACK;
         }
-        if take_u64(reader)? != OPTION_MAGIC {
-            return Err(Error::unsupported(format!(
-                "'{address}' speaks the oldstyle NBD protocol, which is obsolete"
-            )));
-        }
-        let flags = take_u16(reader)?;
-        if flags & FIXED_NEWSTYLE == 0 {
-            return Err(Error::unsupported(format!("'{address}' speaks an obsolete NBD protocol")));
-        }
-        self.send(&u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes(), &[])?;
-        self.option(OPT_STRUCTURED_REPLY, &[])?;
-        self.structured = Self::option_reply(reader, OPT_STRUCTURED_REPLY)?.0 == REP_ACK;
         let mut name = (address.export.len() as u32).to_be_bytes().to_vec();
         name.extend(address.export.as_bytes());
         if address.export.len() as u32 > MAX_STRING {
@@ -243,7 +168,7 @@ impl Connection {
             query.extend(15u32.to_be_bytes());
             query.extend(b"base:allocation");
             self.option(OPT_SET_META_CONTEXT, &query)?;
-            while Self::option_reply(reader, OPT_SET_META_CONTEXT)?.0 == REP_META_CONTEXT {
+            while option_reply(reader, OPT_SET_META_CONTEXT)?.0 == REP_META_CONTEXT {
                 self.allocation = true;
             }
         }
@@ -252,10 +177,15 @@ impl Connection {
         go.extend(INFO_BLOCK_SIZE.to_be_bytes());
         self.option(OPT_GO, &go)?;
         loop {
-            let (kind, data) = Self::option_reply(reader, OPT_GO)?;
+            let (kind, data) = option_reply(reader, OPT_GO)?;
             match kind {
                 REP_ACK => break,
                 REP_INFO => self.note_info(&data)?,
+                REP_ERR_TLS_REQD => {
+                    return Err(Error::unsupported(format!(
+                        "'{address}' demands TLS; give tls-creds, or use an nbds:// name"
+                    )));
+                }
                 REP_ERR_UNKNOWN => {
                     return Err(Error::NotFound(format!("export '{}' not present", address.export)));
                 }
@@ -296,7 +226,7 @@ impl Connection {
         Ok(())
     }
 
-    fn request(&self, command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Result<Reply> {
+    fn request(&self, command: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) -> Result<Reply> {
         let cookie = {
             let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
             if let Some(why) = &board.dead {
@@ -308,12 +238,18 @@ impl Connection {
             board.pending.insert(cookie, Pending { reply: Reply::default(), offset, len, reads });
             cookie
         };
-        let mut head = REQUEST_MAGIC.to_be_bytes().to_vec();
-        head.extend(flags.to_be_bytes());
+        let magic = if self.extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        let mut head = magic.to_be_bytes().to_vec();
+        let payload_flag = if self.extended && command == CMD_WRITE { FLAG_PAYLOAD_LEN } else { 0 };
+        head.extend((flags | payload_flag).to_be_bytes());
         head.extend(command.to_be_bytes());
         head.extend(cookie.to_be_bytes());
         head.extend(offset.to_be_bytes());
-        head.extend(len.to_be_bytes());
+        if self.extended {
+            head.extend(len.to_be_bytes());
+        } else {
+            head.extend((len as u32).to_be_bytes());
+        }
         if let Err(e) = self.send(&head, payload) {
             self.die(&e.to_string());
             return Err(lost(&e.to_string()));
@@ -373,35 +309,44 @@ impl Connection {
             let mut board = self.board.lock().unwrap_or_else(|e| e.into_inner());
             board.pending.get_mut(&cookie).map(f).ok_or_else(unknown)
         };
-        let range = |cookie: u64| -> Result<(u64, u32, bool)> {
+        let range = |cookie: u64| -> Result<(u64, u64, bool)> {
             let board = self.board.lock().unwrap_or_else(|e| e.into_inner());
             board.pending.get(&cookie).map(|p| (p.offset, p.len, p.reads)).ok_or_else(unknown)
         };
         match take_u32(reader)? {
-            SIMPLE_REPLY_MAGIC => {
+            SIMPLE_REPLY_MAGIC if !self.extended => {
                 let (error, cookie) = (take_u32(reader)?, take_u64(reader)?);
                 let (_, len, reads) = range(cookie)?;
                 if reads && self.structured {
                     return Err(Error::invalid("NBD server answers a read without structure"));
                 }
                 let mut data =
-                    if reads && error == 0 { take_vec(reader, len, MAX_PAYLOAD)? } else { Vec::new() };
+                    if reads && error == 0 { take_vec(reader, len as u32, MAX_PAYLOAD)? } else { Vec::new() };
                 edit(cookie, &mut |p| {
                     p.reply.error = error;
                     p.reply.data.push((0, std::mem::take(&mut data)));
                     p.reply.done = true;
                 })
             }
-            STRUCTURED_REPLY_MAGIC if self.structured => {
-                let (flags, kind) = (take_u16(reader)?, take_u16(reader)?);
-                let (cookie, len) = (take_u64(reader)?, take_u32(reader)?);
+            magic
+                if self.structured
+                    && magic == if self.extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC } =>
+            {
+                let (flags, kind, cookie) = (take_u16(reader)?, take_u16(reader)?, take_u64(reader)?);
+                let len = if self.extended {
+                    take_u64(reader)?; // the request's offset again
+                    u32::try_from(take_u64(reader)?)
+                        .map_err(|_| Error::invalid("NBD server sends too large a chunk"))?
+                } else {
+                    take_u32(reader)?
+                };
                 let (start, want, reads) = range(cookie)?;
                 let body = take_vec(reader, len, MAX_PAYLOAD + 64)?;
                 let mut at = &body[..];
                 let inside = |offset: u64, n: u64| {
                     offset
                         .checked_sub(start)
-                        .filter(|&o| reads && o + n <= u64::from(want))
+                        .filter(|&o| reads && o.saturating_add(n) <= want)
                         .ok_or_else(|| Error::invalid("NBD server sends data that was not asked for"))
                 };
                 let (mut part, mut status, mut error) = (None, Vec::new(), (0, String::new()));
@@ -418,7 +363,13 @@ impl Connection {
                     CHUNK_BLOCK_STATUS => {
                         take_u32(&mut at)?;
                         while at.len() >= 8 {
-                            status.push((take_u32(&mut at)?, take_u32(&mut at)?));
+                            status.push((take_u32(&mut at)?.into(), take_u32(&mut at)?.into()));
+                        }
+                    }
+                    CHUNK_BLOCK_STATUS_EXT => {
+                        take_u64(&mut at)?; // context, and how many follow
+                        while at.len() >= 16 {
+                            status.push((take_u64(&mut at)?, take_u64(&mut at)?));
                         }
                     }
                     kind if kind & 1 << 15 != 0 => {
@@ -451,10 +402,11 @@ fn lost(why: &str) -> Error {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let mut head = REQUEST_MAGIC.to_be_bytes().to_vec();
+        let magic = if self.extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        let mut head = magic.to_be_bytes().to_vec();
         head.extend(0u16.to_be_bytes());
         head.extend(CMD_DISC.to_be_bytes());
-        head.extend([0; 20]);
+        head.resize(if self.extended { 32 } else { 28 }, 0);
         // A courtesy; the server sees the end of the connection anyway.
         if let Ok(writer) = self.writer.get_mut() {
             let _ = writer.write_all(&head);
@@ -463,9 +415,17 @@ impl Drop for Connection {
 }
 
 impl NbdStorage {
-    /// Connects to an export.
+    /// Connects to an export; where the server is not there yet, tries for as long as the address says.
     pub fn open(address: &NbdAddress, options: &StorageOptions) -> Result<Self> {
-        let connection = Connection::open(address)?;
+        let give_up = Instant::now() + address.open_timeout;
+        let connection = loop {
+            match Connection::open(address) {
+                Err(Error::Io { .. }) if Instant::now() < give_up => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                other => break other?,
+            }
+        };
         if connection.flags & READ_ONLY != 0 && !options.read_only {
             return Err(Error::io(
                 format!("'{address}': request for write access denied"),
@@ -485,35 +445,63 @@ impl NbdStorage {
         Arc::clone(&self.connection.read().unwrap_or_else(|e| e.into_inner()))
     }
 
-    /// Makes a request; when the connection is lost, connects anew and makes it again (every request may be repeated).
-    fn request(&self, command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Result<Reply> {
-        const TRIES: u32 = 3;
-        for attempt in 0.. {
+    /// Makes a request; when the connection is lost, connects anew and makes it again (every request may be repeated), for as
+    /// long as the address says.
+    fn request(&self, command: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) -> Result<Reply> {
+        let mut give_up = None;
+        let mut pause = Duration::from_millis(20);
+        loop {
             let connection = self.connection();
-            match connection.request(command, flags, offset, len, payload) {
-                Err(e) if attempt < TRIES && e.errno() == libc::ECONNRESET => {
-                    std::thread::sleep(std::time::Duration::from_millis(50 << attempt));
-                    let mut slot = self.connection.write().unwrap_or_else(|e| e.into_inner());
-                    // Another thread may have connected already.
-                    if Arc::ptr_eq(&slot, &connection)
-                        && let Ok(new) = Connection::open(&self.address)
-                        && new.size == connection.size
-                    {
-                        *slot = Arc::new(new);
-                    }
-                }
+            let error = match connection.request(command, flags, offset, len, payload) {
+                Err(e) if e.errno() == libc::ECONNRESET => e,
                 other => return other,
+            };
+            if Instant::now() >= *give_up.get_or_insert_with(|| Instant::now() + self.address.reconnect_delay)
+            {
+                return Err(error);
+            }
+            let mut slot = self.connection.write().unwrap_or_else(|e| e.into_inner());
+            // Another thread may have connected already.
+            if !Arc::ptr_eq(&slot, &connection) {
+                continue;
+            }
+            match Connection::open(&self.address) {
+                Ok(new) if new.size == connection.size => *slot = Arc::new(new),
+                Ok(_) => {
+                    return Err(Error::invalid(format!("NBD export '{}' changed its size", self.address)));
+                }
+                Err(_) => {
+                    drop(slot);
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_secs(2));
+                }
             }
         }
-        Err(lost("no answer"))
     }
 
-    fn each(&self, offset: u64, len: u64, mut f: impl FnMut(u64, u32) -> Result<()>) -> Result<()> {
-        let step = u64::from(self.connection().max.max(512));
+    /// Calls `f` for pieces of a range that one request may carry.
+    fn each(&self, offset: u64, len: u64, f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+        self.in_steps(offset, len, u64::from(self.connection().max.max(512)), f)
+    }
+
+    /// The same for requests without payload, which extended headers let be as long as the disk.
+    fn each_bare(&self, offset: u64, len: u64, f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+        let connection = self.connection();
+        let step = if connection.extended { 1 << 40 } else { u64::from(connection.max.max(512)) };
+        self.in_steps(offset, len, step, f)
+    }
+
+    fn in_steps(
+        &self,
+        offset: u64,
+        len: u64,
+        step: u64,
+        mut f: impl FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
         let mut at = offset;
         while at < offset + len {
             let n = (offset + len - at).min(step);
-            f(at, n as u32)?;
+            f(at, n)?;
             at += n;
         }
         Ok(())
@@ -577,7 +565,7 @@ impl Storage for NbdStorage {
         if self.connection().flags & SEND_TRIM == 0 {
             return Ok(());
         }
-        self.each(offset, len, |at, n| self.request(CMD_TRIM, 0, at, n, &[]).map(drop))
+        self.each_bare(offset, len, |at, n| self.request(CMD_TRIM, 0, at, n, &[]).map(drop))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<Zeroing> {
@@ -586,7 +574,7 @@ impl Storage for NbdStorage {
             return Ok(Zeroing::Unsupported);
         }
         let flags = self.write_flags() | if flags.unmap { 0 } else { FLAG_NO_HOLE };
-        self.each(offset, len, |at, n| self.request(CMD_WRITE_ZEROES, flags, at, n, &[]).map(drop))?;
+        self.each_bare(offset, len, |at, n| self.request(CMD_WRITE_ZEROES, flags, at, n, &[]).map(drop))?;
         Ok(Zeroing::Done)
     }
 
@@ -603,16 +591,16 @@ impl Storage for NbdStorage {
         if !self.connection().allocation {
             return Ok((Held::Data, len));
         }
-        let n = len.min(1 << 30) as u32;
+        let n = if self.connection().extended { len } else { len.min(1 << 30) };
         let reply = self.request(CMD_BLOCK_STATUS, 0, offset, n, &[])?;
-        let kind = |state: u32| if state & STATE_ZERO != 0 { Held::Hole } else { Held::Data };
+        let kind = |state: u64| if state & u64::from(STATE_ZERO) != 0 { Held::Hole } else { Held::Data };
         let Some(&(first, state)) = reply.status.first() else { return Ok((Held::Data, len)) };
-        let mut sum = u64::from(first);
+        let mut sum = first;
         for &(more, next) in &reply.status[1..] {
             if kind(next) != kind(state) {
                 break;
             }
-            sum += u64::from(more);
+            sum = sum.saturating_add(more);
         }
         Ok((kind(state), sum.clamp(1, len)))
     }
@@ -635,26 +623,5 @@ impl Storage for NbdStorage {
 
     fn grows_with_zeros(&self) -> bool {
         false
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses() {
-        let a = NbdAddress::parse("nbd+unix:///a%20b?socket=/tmp/s").unwrap();
-        assert_eq!((a.socket.unwrap().to_str().unwrap(), a.export.as_str()), ("/tmp/s", "a b"));
-        let a = NbdAddress::parse("nbd://[::1]:99/x/y").unwrap();
-        assert_eq!((a.host.as_str(), a.port, a.export.as_str()), ("::1", 99, "x/y"));
-        let a = NbdAddress::parse("nbd:unix:/tmp/s:exportname=e").unwrap();
-        assert_eq!(a.export, "e");
-        let a = NbdAddress::parse("nbd:h:1").unwrap();
-        assert_eq!((a.host.as_str(), a.port), ("h", 1));
-        assert_eq!(NbdAddress::parse("nbd://h").unwrap().port, PORT);
-        for bad in ["nbd+unix:///x", "nbd:h:port", "nbds://h/x", "http://x"] {
-            assert!(NbdAddress::parse(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -9,6 +9,8 @@ pub(super) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub(super) const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub(super) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub(super) const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+pub(super) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+pub(super) const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags.
 pub(super) const FIXED_NEWSTYLE: u16 = 1;
@@ -24,6 +26,7 @@ pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
 pub(super) const OPT_LIST_META_CONTEXT: u32 = 9;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
+pub(super) const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Option replies.
 pub(super) const REP_ACK: u32 = 1;
@@ -32,7 +35,9 @@ pub(super) const REP_INFO: u32 = 3;
 pub(super) const REP_META_CONTEXT: u32 = 4;
 pub(super) const REP_ERR_UNSUP: u32 = (1 << 31) + 1;
 pub(super) const REP_ERR_INVALID: u32 = (1 << 31) + 3;
+pub(super) const REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
 pub(super) const REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
+pub(super) const REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 /// Kinds of information about an export.
 pub(super) const INFO_EXPORT: u16 = 0;
@@ -65,6 +70,7 @@ pub(super) const CMD_BLOCK_STATUS: u16 = 7;
 pub(super) const FLAG_FUA: u16 = 1;
 pub(super) const FLAG_NO_HOLE: u16 = 2;
 pub(super) const FLAG_REQ_ONE: u16 = 8;
+pub(super) const FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Chunks of structured replies.
 pub(super) const CHUNK_DONE: u16 = 1;
@@ -72,6 +78,7 @@ pub(super) const CHUNK_NONE: u16 = 0;
 pub(super) const CHUNK_DATA: u16 = 1;
 pub(super) const CHUNK_HOLE: u16 = 2;
 pub(super) const CHUNK_BLOCK_STATUS: u16 = 5;
+pub(super) const CHUNK_BLOCK_STATUS_EXT: u16 = 6;
 pub(super) const CHUNK_ERROR: u16 = (1 << 15) + 1;
 
 /// Block status flags of `base:allocation`.

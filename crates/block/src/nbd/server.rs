@@ -3,14 +3,15 @@
 //! Each connection has a few threads that take turns: one reads the next request and lets the next thread read on while it
 //! carries its request out and answers. So requests of one client run side by side without being handed between threads.
 
-use super::{proto::*, socket::Socket};
+use super::{proto::*, socket::Socket, tls::TlsServer};
 use crate::{Error, Image, MapEntry, Result};
 use std::{
     io::{BufReader, Write},
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 /// Threads of a connection.
@@ -41,6 +42,9 @@ pub struct Export {
 #[derive(Debug)]
 pub struct Server {
     exports: Vec<Export>,
+    tls: Option<TlsServer>,
+    /// How long a client may take to agree on an export.
+    limit: Option<Duration>,
 }
 
 /// A metadata context chosen by a client.
@@ -55,6 +59,8 @@ enum MetaContext {
 #[derive(Default)]
 struct Session {
     structured: bool,
+    /// Headers with 64-bit lengths.
+    extended: bool,
     no_zeroes: bool,
     contexts: Vec<MetaContext>,
     /// The export the contexts are for.
@@ -66,27 +72,82 @@ struct Request {
     command: u16,
     cookie: u64,
     offset: u64,
-    len: u32,
+    len: u64,
     payload: Vec<u8>,
+}
+
+/// How negotiation ends.
+enum Agreed<'a> {
+    /// Requests follow.
+    Export(&'a Export),
+    /// The client leaves.
+    Nothing,
+    /// A TLS handshake follows, and then more options.
+    Tls,
 }
 
 impl Server {
     /// A server of these exports. The first is also found under the empty name, if there is only one.
     pub fn new(exports: Vec<Export>) -> Self {
-        Server { exports }
+        Server { exports, tls: None, limit: None }
+    }
+
+    /// Talks to clients over TLS only.
+    pub fn with_tls(mut self, tls: TlsServer) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// Turns away clients that take longer than this to agree on an export.
+    pub fn handshake_limit(&mut self, limit: Option<Duration>) {
+        self.limit = limit;
     }
 
     /// Talks to a client until it leaves. Errors of the connection are returned; those of requests go to the client.
-    pub fn serve(&self, socket: Socket) -> Result<()> {
+    pub fn serve(&self, mut socket: Socket) -> Result<()> {
         socket.set_nodelay();
-        let mut session = Session::default();
         let failed = |e| Error::io("NBD connection", e);
-        let mut reader = BufReader::with_capacity(1 << 16, socket.try_clone().map_err(failed)?);
-        let mut writer = socket;
-        match self.negotiate(&mut reader, &mut writer, &mut session)? {
-            Some(export) => self.transmit(export, &session, reader, writer),
-            None => Ok(()),
+        let alarm = self.limit.map(|limit| Alarm::set(&socket, limit)).transpose().map_err(failed)?;
+        let mut hello = INIT_MAGIC.to_be_bytes().to_vec();
+        hello.extend(OPTION_MAGIC.to_be_bytes());
+        hello.extend((FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
+        socket.write_all(&hello).map_err(failed)?;
+        let mut secure = false;
+        let flags = take_u32(&mut socket)?;
+        if flags & !u32::from(FIXED_NEWSTYLE | NO_ZEROES) != 0 {
+            return Err(Error::invalid(format!("NBD client sets unknown flags {flags:#x}")));
         }
+        loop {
+            let mut session = Session { no_zeroes: flags & u32::from(NO_ZEROES) != 0, ..Session::default() };
+            let mut reader = BufReader::with_capacity(1 << 16, socket.try_clone().map_err(failed)?);
+            match (self.negotiate(&mut reader, &mut socket, &mut session, secure)?, &self.tls) {
+                (Agreed::Export(export), _) => {
+                    drop(alarm);
+                    return self.transmit(export, &session, reader, socket);
+                }
+                (Agreed::Tls, Some(tls)) => {
+                    // Options sent in the clear on top of the request for TLS could be anybody's.
+                    if !reader.buffer().is_empty() {
+                        return Err(Error::invalid("NBD client sends options before its TLS handshake"));
+                    }
+                    socket = tls.accept(socket)?;
+                    secure = true;
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    /// Size in bytes and transmission flags of the first export.
+    pub fn first_export(&self) -> Option<(u64, u16)> {
+        self.exports.first().map(|e| (e.image.size(), e.flags(false)))
+    }
+
+    /// Carries out requests for the first export with a client that has agreed on everything by other means: the kernel's.
+    pub fn serve_agreed(&self, socket: Socket) -> Result<()> {
+        let export = self.exports.first().ok_or_else(|| Error::usage("there is nothing to export"))?;
+        let copy = socket.try_clone().map_err(|e| Error::io("NBD connection", e))?;
+        self.transmit(export, &Session::default(), BufReader::with_capacity(1 << 16, copy), socket)
     }
 
     fn find(&self, name: &str) -> Option<&Export> {
@@ -101,17 +162,10 @@ impl Server {
         reader: &mut BufReader<Socket>,
         writer: &mut Socket,
         session: &mut Session,
-    ) -> Result<Option<&Export>> {
+        secure: bool,
+    ) -> Result<Agreed<'_>> {
         let failed = |e| Error::io("NBD connection", e);
-        let mut hello = INIT_MAGIC.to_be_bytes().to_vec();
-        hello.extend(OPTION_MAGIC.to_be_bytes());
-        hello.extend((FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
-        writer.write_all(&hello).map_err(failed)?;
-        let flags = take_u32(reader)?;
-        if flags & !u32::from(FIXED_NEWSTYLE | NO_ZEROES) != 0 {
-            return Err(Error::invalid(format!("NBD client sets unknown flags {flags:#x}")));
-        }
-        session.no_zeroes = flags & u32::from(NO_ZEROES) != 0;
+        let demand_tls = self.tls.is_some() && !secure;
         loop {
             if take_u64(reader)? != OPTION_MAGIC {
                 return Err(Error::invalid("NBD client sends no option"));
@@ -127,19 +181,31 @@ impl Server {
                 writer.write_all(&out).map_err(failed)
             };
             match option {
+                OPT_STARTTLS if demand_tls && data.is_empty() => {
+                    reply(REP_ACK, &[])?;
+                    return Ok(Agreed::Tls);
+                }
+                OPT_STARTTLS if self.tls.is_some() => reply(REP_ERR_INVALID, b"TLS is already in use")?,
+                // This option has no reply that could say so.
+                OPT_EXPORT_NAME if demand_tls => return Ok(Agreed::Nothing),
+                _ if demand_tls && option != OPT_ABORT => {
+                    reply(REP_ERR_TLS_REQD, b"this server speaks only over TLS")?;
+                }
                 OPT_EXPORT_NAME => {
-                    let Some(export) = self.find(&String::from_utf8_lossy(&data)) else { return Ok(None) };
+                    let Some(export) = self.find(&String::from_utf8_lossy(&data)) else {
+                        return Ok(Agreed::Nothing);
+                    };
                     let mut out = export.image.size().to_be_bytes().to_vec();
                     out.extend(export.flags(session.structured).to_be_bytes());
                     if !session.no_zeroes {
                         out.extend([0; 124]);
                     }
                     writer.write_all(&out).map_err(failed)?;
-                    return Ok(Some(export));
+                    return Ok(Agreed::Export(export));
                 }
                 OPT_ABORT => {
                     reply(REP_ACK, &[])?;
-                    return Ok(None);
+                    return Ok(Agreed::Nothing);
                 }
                 OPT_LIST if data.is_empty() => {
                     for e in &self.exports {
@@ -149,6 +215,14 @@ impl Server {
                         reply(REP_SERVER, &out)?;
                     }
                     reply(REP_ACK, &[])?;
+                }
+                OPT_EXTENDED_HEADERS if data.is_empty() && !session.extended => {
+                    session.extended = true;
+                    session.structured = true;
+                    reply(REP_ACK, &[])?;
+                }
+                OPT_STRUCTURED_REPLY if session.extended => {
+                    reply(REP_ERR_EXT_HEADER_REQD, b"extended headers already negotiated")?;
                 }
                 OPT_STRUCTURED_REPLY if data.is_empty() => {
                     session.structured = true;
@@ -171,7 +245,7 @@ impl Server {
                         if session.contexts_of != name {
                             session.contexts.clear();
                         }
-                        return Ok(Some(export));
+                        return Ok(Agreed::Export(export));
                     }
                 }
                 OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
@@ -222,7 +296,7 @@ impl Server {
                     if over.load(Ordering::Acquire) {
                         return;
                     }
-                    match read_request(&mut reader) {
+                    match read_request(&mut reader, session.extended) {
                         Ok(Some(request)) => request,
                         Ok(None) => {
                             over.store(true, Ordering::Release);
@@ -261,6 +335,31 @@ impl Server {
     }
 }
 
+/// Ends a connection after a while, unless dropped before.
+struct Alarm(Arc<(Mutex<bool>, Condvar)>);
+
+impl Alarm {
+    fn set(socket: &Socket, after: Duration) -> std::io::Result<Self> {
+        let state = Arc::new((Mutex::new(false), Condvar::new()));
+        let (watched, socket) = (Arc::clone(&state), socket.try_clone()?);
+        std::thread::spawn(move || {
+            let off = watched.0.lock().unwrap_or_else(|e| e.into_inner());
+            let waited = watched.1.wait_timeout_while(off, after, |off| !*off);
+            if !*waited.unwrap_or_else(|e| e.into_inner()).0 {
+                socket.shutdown();
+            }
+        });
+        Ok(Alarm(state))
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(|e| e.into_inner()) = true;
+        self.0.1.notify_all();
+    }
+}
+
 /// The export name of an `INFO` or `GO` option.
 fn info_name(data: &[u8]) -> Option<String> {
     let len = u32::from_be_bytes(data.get(..4)?.try_into().ok()?) as usize;
@@ -286,19 +385,41 @@ fn context_queries(data: &[u8]) -> Option<(String, Vec<String>)> {
 }
 
 /// The next request; `None` when the client says goodbye.
-fn read_request(reader: &mut BufReader<Socket>) -> Result<Option<Request>> {
-    let head: [u8; 28] = take(reader)?;
-    let mut at = &head[..];
-    if take_u32(&mut at)? != REQUEST_MAGIC {
+fn read_request(reader: &mut BufReader<Socket>, extended: bool) -> Result<Option<Request>> {
+    if take_u32(reader)? != if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC } {
         return Err(Error::invalid("NBD client sends no request"));
     }
-    let (flags, command) = (take_u16(&mut at)?, take_u16(&mut at)?);
-    let (cookie, offset, len) = (take_u64(&mut at)?, take_u64(&mut at)?, take_u32(&mut at)?);
+    let (mut flags, command) = (take_u16(reader)?, take_u16(reader)?);
+    let (cookie, offset) = (take_u64(reader)?, take_u64(reader)?);
+    let len = if extended { take_u64(reader)? } else { u64::from(take_u32(reader)?) };
     if command == CMD_DISC {
         return Ok(None);
     }
-    let payload = if command == CMD_WRITE { take_vec(reader, len, MAX_PAYLOAD)? } else { Vec::new() };
+    // With extended headers a flag says whether the length is that of a payload; not every client sets it on writes.
+    let carries = command == CMD_WRITE || extended && flags & FLAG_PAYLOAD_LEN != 0;
+    let mut payload = Vec::new();
+    if carries {
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        payload = take_vec(reader, len, MAX_PAYLOAD)?;
+    }
+    if command == CMD_WRITE {
+        flags &= !FLAG_PAYLOAD_LEN;
+    }
     Ok(Some(Request { flags, command, cookie, offset, len, payload }))
+}
+
+/// The header of a chunk of a reply.
+fn push_chunk(head: &mut Vec<u8>, session: &Session, r: &Request, flags: u16, kind: u16, len: usize) {
+    head.extend(if session.extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC }.to_be_bytes());
+    head.extend(flags.to_be_bytes());
+    head.extend(kind.to_be_bytes());
+    head.extend(r.cookie.to_be_bytes());
+    if session.extended {
+        head.extend(r.offset.to_be_bytes());
+        head.extend((len as u64).to_be_bytes());
+    } else {
+        head.extend((len as u32).to_be_bytes());
+    }
 }
 
 impl Export {
@@ -376,55 +497,59 @@ impl Export {
             Ok(Answer::Data) => buf,
             _ => &[],
         };
-        let mut chunk = |flags: u16, kind: u16, len: usize| {
-            head.extend(STRUCTURED_REPLY_MAGIC.to_be_bytes());
-            head.extend(flags.to_be_bytes());
-            head.extend(kind.to_be_bytes());
-            head.extend(r.cookie.to_be_bytes());
-            head.extend((len as u32).to_be_bytes());
-        };
-        if !session.structured || (r.command != CMD_READ && r.command != CMD_BLOCK_STATUS) {
+        let head = &mut head;
+        let chunked = session.extended
+            || session.structured && (r.command == CMD_READ || r.command == CMD_BLOCK_STATUS);
+        if !chunked {
             head.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
             head.extend(outcome.as_ref().err().map_or(0, error_number).to_be_bytes());
             head.extend(r.cookie.to_be_bytes());
         } else {
             match &outcome {
                 Ok(Answer::Data) => {
-                    chunk(CHUNK_DONE, CHUNK_DATA, payload.len() + 8);
+                    push_chunk(head, session, r, CHUNK_DONE, CHUNK_DATA, payload.len() + 8);
                     head.extend(r.offset.to_be_bytes());
                 }
                 Ok(Answer::Hole) => {
-                    chunk(CHUNK_DONE, CHUNK_HOLE, 12);
+                    push_chunk(head, session, r, CHUNK_DONE, CHUNK_HOLE, 12);
                     head.extend(r.offset.to_be_bytes());
-                    head.extend(r.len.to_be_bytes());
+                    head.extend((r.len as u32).to_be_bytes());
                 }
                 Ok(Answer::Status(contexts)) => {
                     let last = contexts.len().saturating_sub(1);
                     for (i, (id, extents)) in contexts.iter().enumerate() {
-                        head.extend(STRUCTURED_REPLY_MAGIC.to_be_bytes());
-                        head.extend((if i == last { CHUNK_DONE } else { 0 }).to_be_bytes());
-                        head.extend(CHUNK_BLOCK_STATUS.to_be_bytes());
-                        head.extend(r.cookie.to_be_bytes());
-                        head.extend((4 + extents.len() as u32 * 8).to_be_bytes());
-                        head.extend(id.to_be_bytes());
-                        for (len, state) in extents {
-                            head.extend(len.to_be_bytes());
-                            head.extend(state.to_be_bytes());
+                        let flags = if i == last { CHUNK_DONE } else { 0 };
+                        if session.extended {
+                            let len = 8 + extents.len() * 16;
+                            push_chunk(head, session, r, flags, CHUNK_BLOCK_STATUS_EXT, len);
+                            head.extend(id.to_be_bytes());
+                            head.extend((extents.len() as u32).to_be_bytes());
+                            for (len, state) in extents {
+                                head.extend(len.to_be_bytes());
+                                head.extend(u64::from(*state).to_be_bytes());
+                            }
+                        } else {
+                            push_chunk(head, session, r, flags, CHUNK_BLOCK_STATUS, 4 + extents.len() * 8);
+                            head.extend(id.to_be_bytes());
+                            for (len, state) in extents {
+                                head.extend((*len as u32).to_be_bytes());
+                                head.extend(state.to_be_bytes());
+                            }
                         }
                     }
                 }
-                Ok(Answer::Done) => chunk(CHUNK_DONE, CHUNK_NONE, 0),
+                Ok(Answer::Done) => push_chunk(head, session, r, CHUNK_DONE, CHUNK_NONE, 0),
                 Err(e) => {
                     let mut text = e.to_string();
                     text.truncate(text.floor_char_boundary(1000));
-                    chunk(CHUNK_DONE, CHUNK_ERROR, 6 + text.len());
+                    push_chunk(head, session, r, CHUNK_DONE, CHUNK_ERROR, 6 + text.len());
                     head.extend(error_number(e).to_be_bytes());
                     head.extend((text.len() as u16).to_be_bytes());
                     head.extend(text.as_bytes());
                 }
             }
         }
-        writer.lock().unwrap_or_else(|e| e.into_inner()).write_all_vectored(&head, payload).map_err(failed)
+        writer.lock().unwrap_or_else(|e| e.into_inner()).write_all_vectored(head, payload).map_err(failed)
     }
 
     fn carry_out(&self, session: &Session, r: &Request, buf: &mut Vec<u8>) -> Result<Answer> {
@@ -432,7 +557,10 @@ impl Export {
         if writes && self.read_only {
             return Err(Error::ReadOnly(self.name.clone()));
         }
-        let (offset, len, size) = (r.offset, u64::from(r.len), self.image.size());
+        if r.flags & FLAG_PAYLOAD_LEN != 0 {
+            return Err(Error::usage("only writes take a payload"));
+        }
+        let (offset, len, size) = (r.offset, r.len, self.image.size());
         if r.command != CMD_FLUSH && offset.checked_add(len).is_none_or(|end| end > size) {
             let number = if writes { libc::ENOSPC } else { libc::EINVAL };
             return Err(Error::io("request past the end", std::io::Error::from_raw_os_error(number)));
@@ -440,7 +568,7 @@ impl Export {
         let image = &self.image;
         match r.command {
             CMD_READ => {
-                if r.len > MAX_PAYLOAD {
+                if len > u64::from(MAX_PAYLOAD) {
                     return Err(Error::usage("request too large"));
                 }
                 if session.structured && len >= 65536 && self.reads_as_zeros(offset, len)? {
@@ -475,17 +603,18 @@ impl Export {
     }
 
     fn status(&self, session: &Session, r: &Request) -> Result<Vec<ContextStatus>> {
-        let end = r.offset + u64::from(r.len);
+        // Without extended headers lengths have 32 bits, as the request's had.
+        let end = r.offset + r.len;
         let one = r.flags & FLAG_REQ_ONE != 0;
         let mut out = Vec::new();
         for (i, context) in session.contexts.iter().enumerate() {
-            let mut extents: Vec<(u32, u32)> = Vec::new();
+            let mut extents: Vec<(u64, u32)> = Vec::new();
             let mut push = |len: u64, state: u32| -> bool {
                 let count = extents.len();
                 match extents.last_mut() {
-                    Some(last) if last.1 == state => last.0 += len as u32,
+                    Some(last) if last.1 == state => last.0 += len,
                     Some(_) if one || count >= MAX_EXTENTS => return false,
-                    _ => extents.push((len as u32, state)),
+                    _ => extents.push((len, state)),
                 }
                 true
             };
@@ -541,7 +670,7 @@ impl Export {
 }
 
 /// A context's number, and lengths with their states.
-type ContextStatus = (u32, Vec<(u32, u32)>);
+type ContextStatus = (u32, Vec<(u64, u32)>);
 
 /// What a request leads to.
 enum Answer {

@@ -20,6 +20,8 @@ pub enum Location {
     },
     /// An export of an NBD server.
     Nbd(crate::nbd::NbdAddress),
+    /// A file on a web server.
+    Http(super::HttpAddress),
     /// A protocol that exists elsewhere.
     Unsupported {
         /// The protocol's name.
@@ -43,10 +45,11 @@ impl Location {
         let rest = &name[scheme.len() + 1..];
         Ok(match scheme {
             "file" | "host_device" => Location::File(PathBuf::from(rest.strip_prefix("//").unwrap_or(rest))),
-            "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+unix" => {
+            "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+tcp" | "nbds+unix" => {
                 Location::Nbd(crate::nbd::NbdAddress::parse(name)?)
             }
             "null-co" | "null-aio" => Location::Null { size: 1 << 30, zeroes: false },
+            "http" | "https" => Location::Http(super::HttpAddress::parse(name)?),
             "iscsi" | "iser" | "rbd" | "ssh" | "nfs" | "gluster" | "sheepdog" | "ftp" | "ftps" => {
                 Location::Unsupported {
                     scheme: scheme.into(),
@@ -58,8 +61,19 @@ impl Location {
     }
 
     /// Builds a location from `driver` and its options (`filename`, `size`, ...), taking out what it uses.
-    pub fn from_options(options: &mut BTreeMap<String, String>) -> Result<Self> {
+    /// `secrets` and `credentials` are what options may name.
+    pub fn from_options(
+        options: &mut BTreeMap<String, String>,
+        secrets: &BTreeMap<String, Vec<u8>>,
+        credentials: &BTreeMap<String, crate::nbd::TlsCredentials>,
+    ) -> Result<Self> {
         let driver = options.remove("driver");
+        let driver = match (driver, options.get("filename").or(options.get("url"))) {
+            // A name with a protocol says the driver, whose further options may stand beside it.
+            (None, Some(name)) if name.starts_with("http://") => Some("http".to_owned()),
+            (None, Some(name)) if name.starts_with("https://") => Some("https".to_owned()),
+            (driver, _) => driver,
+        };
         match driver.as_deref() {
             Some("null-co" | "null-aio") => {
                 let size = match options.remove("size") {
@@ -69,17 +83,8 @@ impl Location {
                 let zeroes = options.remove("read-zeroes").is_some_and(|v| v == "on" || v == "true");
                 Ok(Location::Null { size, zeroes })
             }
-            Some("nbd") => {
-                let mut take =
-                    |key: &str| options.remove(key).or_else(|| options.remove(&format!("server.{key}")));
-                let socket = take("path").map(PathBuf::from);
-                let host = take("host").unwrap_or_else(|| "localhost".into());
-                let port = take("port").unwrap_or_else(|| "10809".into());
-                let port = port.parse().map_err(|_| Error::usage(format!("Invalid port '{port}'")))?;
-                let export = take("export").unwrap_or_default();
-                options.remove("server.type");
-                Ok(Location::Nbd(crate::nbd::NbdAddress { socket, host, port, export }))
-            }
+            Some("http" | "https") => Ok(Location::Http(super::HttpAddress::from_options(options, secrets)?)),
+            Some("nbd") => Ok(Location::Nbd(crate::nbd::NbdAddress::from_options(options, credentials)?)),
             None | Some("file" | "host_device") => match options.remove("filename") {
                 Some(name) if driver.is_some() => Ok(Location::File(PathBuf::from(name))),
                 Some(name) => Location::parse(&name),

@@ -4,6 +4,7 @@
 //! their metadata in storages and say where in them the guest's data lies; engines move the data.
 
 mod file;
+mod http;
 mod location;
 mod lock;
 mod memory;
@@ -16,6 +17,7 @@ use std::{fmt::Debug, os::fd::BorrowedFd, path::Path, sync::Arc};
 
 pub(crate) use file::is_zero;
 pub use file::{DirectAlignment, FileStorage};
+pub use http::{HttpAddress, HttpStorage};
 pub use location::{Location, absolute_name, join_name, parse_json_name};
 pub use lock::Permissions;
 pub use memory::MemoryStorage;
@@ -209,6 +211,7 @@ pub fn open(location: &Location, options: &StorageOptions) -> Result<Arc<dyn Sto
         Location::File(path) => Ok(Arc::new(FileStorage::open(path, options)?)),
         Location::Null { size, zeroes } => Ok(Arc::new(NullStorage::new(*size, *zeroes))),
         Location::Nbd(address) => Ok(Arc::new(crate::nbd::NbdStorage::open(address, options)?)),
+        Location::Http(address) => Ok(Arc::new(HttpStorage::open(address, options)?)),
         Location::Unsupported { scheme, advice } => {
             Err(Error::unsupported(format!("Protocol '{scheme}' is not built in: {advice}")))
         }
@@ -226,6 +229,9 @@ pub fn create(location: &Location, size: u64) -> Result<Arc<dyn Storage>> {
                 return Err(Error::usage(format!("NBD export '{address}' is smaller than {size} bytes")));
             }
             Ok(Arc::new(storage))
+        }
+        Location::Http(address) => {
+            Err(Error::unsupported(format!("'{}': files on web servers are read-only", address.url)))
         }
         Location::Unsupported { scheme, advice } => {
             Err(Error::unsupported(format!("Protocol '{scheme}' is not built in: {advice}")))

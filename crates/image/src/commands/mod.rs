@@ -81,6 +81,7 @@ commands! {
     Snapshot => snapshot,
 }
 
+mod attach;
 pub(crate) mod io;
 
 #[derive(Parser)]

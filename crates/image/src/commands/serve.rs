@@ -1,13 +1,13 @@
 //! `serve`, and the same as `qemu-nbd`: exporting an image over NBD.
 
-use super::{Context, Outcome, convert};
+use super::{Context, Outcome, attach, convert};
 use crate::{
     args::{self, Source},
-    signals,
+    objects, overlay, signals,
 };
 use block::{
     Error, Image, OpenOptions, Options, Result, formats,
-    nbd::{Export, Server, Socket},
+    nbd::{self, Export, NbdAddress, Server, Socket, TlsClient},
 };
 use clap::{CommandFactory, FromArgMatches, Parser};
 use std::{
@@ -17,6 +17,7 @@ use std::{
     os::unix::net::UnixListener,
     process::{Command, ExitCode, Stdio},
     sync::{Arc, Condvar, Mutex},
+    time::Duration,
 };
 
 /// Tells a background server to report on standard output when it listens.
@@ -86,8 +87,32 @@ pub(crate) struct Args {
     /// Say more.
     #[arg(short, long)]
     verbose: bool,
-    /// Image.
-    filename: String,
+    /// Attach the image to a device of the kernel's NBD client, such as /dev/nbd0 (as root).
+    #[arg(short = 'c', long, value_name = "DEV", conflicts_with_all = ["socket", "port", "bind", "fork"])]
+    connect: Option<String>,
+    /// Detach a device of the kernel's NBD client.
+    #[arg(short = 'd', long)]
+    disconnect: bool,
+    /// List what another server exports.
+    #[arg(short = 'L', long)]
+    list: bool,
+    /// TLS credentials of the listening side, the id of a tls-creds-x509 object.
+    #[arg(long, value_name = "ID")]
+    tls_creds: Option<String>,
+    /// Name in the certificate of the server to list.
+    #[arg(long, value_name = "HOSTNAME", requires = "list")]
+    tls_hostname: Option<String>,
+    /// Seconds a client may take to agree on an export; 0 is no limit.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    handshake_limit: u32,
+    /// How requests reach the host: threads, native or io_uring.
+    #[arg(long, value_name = "AIO", default_value = "threads")]
+    aio: String,
+    /// Keep the image as it is: writes go to a temporary file.
+    #[arg(short, long)]
+    snapshot: bool,
+    /// Image (with -d: device).
+    filename: Option<String>,
 }
 
 enum Listener {
@@ -141,7 +166,54 @@ fn listen(a: &Args) -> Result<Listener> {
     })
 }
 
+/// Prints what a server exports, as `qemu-nbd --list` does.
+fn print_list(a: &Args) -> Result<()> {
+    const FLAGS: [&str; 13] = [
+        "", "readonly", "flush", "fua", "rotational", "trim", "zeroes", "df", "multi", "resize", "cache", "fast-zero",
+        "block-status-payload",
+    ];
+    let mut address = NbdAddress {
+        socket: a.socket.as_ref().map(Into::into),
+        host: if a.bind == "0.0.0.0" { "localhost".into() } else { a.bind.clone() },
+        port: a.port,
+        ..Default::default()
+    };
+    if let Some(id) = &a.tls_creds {
+        let objects = objects::parse(&a.source.object)?;
+        let credentials = objects.credentials.get(id).cloned();
+        let credentials =
+            credentials.ok_or_else(|| Error::usage(format!("No TLS credentials with id '{id}'")))?;
+        address.tls = Some(TlsClient { credentials, hostname: a.tls_hostname.clone() });
+    }
+    let exports = nbd::list(&address)?;
+    println!("exports available: {}", exports.len());
+    for e in exports {
+        println!(" export: '{}'", e.name);
+        if !e.description.is_empty() {
+            println!("  description: {}", e.description);
+        }
+        if e.flags & 1 != 0 {
+            println!("  size:  {}", e.size);
+            let names: String = (1..FLAGS.len())
+                .filter(|bit| e.flags >> bit & 1 != 0)
+                .map(|bit| format!(" {}", FLAGS[bit]))
+                .collect();
+            println!("  flags: {:#x} ({names} )", e.flags);
+        }
+        if let Some([min, opt, max]) = e.block_sizes {
+            println!("  min block: {min}\n  opt block: {opt}\n  max block: {max}");
+        }
+        println!("  transaction size: {}", if e.extended { "64-bit" } else { "32-bit" });
+        if !e.contexts.is_empty() {
+            println!("  available meta contexts: {}", e.contexts.len());
+            e.contexts.iter().for_each(|c| println!("   {c}"));
+        }
+    }
+    Ok(())
+}
+
 fn open(a: &Args) -> Result<Image> {
+    let filename = a.filename.as_deref().ok_or_else(|| Error::usage("an image must be named"))?;
     let mut options = OpenOptions {
         read_only: a.read_only || a.load_snapshot.is_some(),
         cache: args::cache(Some(if a.nocache { "none" } else { &a.cache }), "writeback")?,
@@ -161,9 +233,15 @@ fn open(a: &Args) -> Result<Image> {
         let mut list = Options::new();
         list.set("offset", offset.to_string());
         options.options = list;
-        return a.source.open(&a.filename, Some("raw"), options);
+        return a.source.open(filename, Some("raw"), options);
     }
-    let image = a.source.open(&a.filename, a.format.as_deref(), options)?;
+    if a.snapshot {
+        if a.load_snapshot.is_some() {
+            return Err(Error::usage("--snapshot and --load-snapshot cannot be used together"));
+        }
+        return overlay::open(&a.source, filename, a.format.as_deref(), options);
+    }
+    let image = a.source.open(filename, a.format.as_deref(), options)?;
     if let Some(which) = &a.load_snapshot {
         convert::view_snapshot(&image, which)?;
     }
@@ -190,8 +268,7 @@ fn bitmaps(image: &Image, names: &[String]) -> Result<Vec<(String, u64, Vec<u8>)
 fn serve(a: &Args, persistent: bool, limit: usize) -> Result<()> {
     signals::block();
     let image = Arc::new(open(a)?);
-    let listener = listen(a)?;
-    let server = Arc::new(Server::new(vec![Export {
+    let mut server = Server::new(vec![Export {
         bitmaps: bitmaps(&image, &a.bitmap)?,
         image: Arc::clone(&image),
         name: a.export_name.clone(),
@@ -199,7 +276,28 @@ fn serve(a: &Args, persistent: bool, limit: usize) -> Result<()> {
         read_only: image.is_read_only(),
         multi_conn: limit != 1,
         allocation_depth: a.allocation_depth,
-    }]));
+    }]);
+    server.handshake_limit((a.handshake_limit > 0).then(|| Duration::from_secs(a.handshake_limit.into())));
+    if let Some(id) = &a.tls_creds {
+        let objects = objects::parse(&a.source.object)?;
+        let credentials = objects.credentials.get(id);
+        let credentials =
+            credentials.ok_or_else(|| Error::usage(format!("No TLS credentials with id '{id}'")))?;
+        server = server.with_tls(credentials.server()?);
+    }
+    let server = Arc::new(server);
+    if let Some(device) = &a.connect {
+        if a.tls_creds.is_some() {
+            return Err(Error::usage("TLS is not supported with a host device"));
+        }
+        let name = a.filename.clone().unwrap_or_default();
+        attach::serve(device, &server, || {
+            println!("NBD device {device} is now connected to {name}");
+            Ok(())
+        })?;
+        return image.close();
+    }
+    let listener = listen(a)?;
     if let Some(path) = &a.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id())).map_err(|e| Error::io(path.clone(), e))?;
     }
@@ -263,11 +361,28 @@ fn serve(a: &Args, persistent: bool, limit: usize) -> Result<()> {
     image.close()
 }
 
-pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
-    if a.fork {
-        return Ok(fork()?);
+/// Does what the options ask for.
+fn dispatch(a: &Args, persistent: bool, limit: usize) -> Result<()> {
+    if !matches!(a.aio.as_str(), "threads" | "native" | "io_uring") {
+        return Err(Error::usage(format!("Invalid aio mode '{}'", a.aio)));
     }
-    Ok(serve(&a, true, a.shared.unwrap_or(0))?)
+    if a.list {
+        if a.filename.is_some() {
+            return Err(Error::usage("List mode is incompatible with a file name"));
+        }
+        return print_list(a);
+    }
+    if a.disconnect {
+        return match &a.filename {
+            Some(device) => attach::disconnect(device),
+            None => Err(Error::usage("name the device to detach, such as /dev/nbd0")),
+        };
+    }
+    if a.fork { fork() } else { serve(a, persistent, limit) }
+}
+
+pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
+    Ok(dispatch(&a, true, a.shared.unwrap_or(0))?)
 }
 
 #[derive(Parser)]
@@ -302,7 +417,7 @@ pub(crate) fn run_qemu_nbd(args: impl Iterator<Item = OsString>) -> ExitCode {
         eprintln!("qemu-nbd: Unknown driver '{}'", a.format.unwrap_or_default());
         return ExitCode::FAILURE;
     }
-    let result = if a.fork { fork() } else { serve(&a, a.persistent, a.shared.unwrap_or(1)) };
+    let result = dispatch(&a, a.persistent, a.shared.unwrap_or(1));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -1,12 +1,18 @@
 //! `qemu-io`: single reads, writes and other requests, for tests.
 
-use crate::args::Source;
-use block::{CacheMode, Error, Image, MapEntry, OpenOptions, Options, Result, formats::Preallocation};
+mod aio;
+
+use crate::{args::Source, objects, overlay};
+use aio::Aio;
+use block::{
+    CacheMode, Error, Image, MapEntry, OpenOptions, Options, Result, formats::Preallocation, queue::Engine,
+};
 use std::{
     collections::VecDeque,
     ffi::OsString,
     io::{BufRead, IsTerminal, Write},
     process::ExitCode,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,11 +23,16 @@ const MAX_REQUEST: u64 = 2_147_483_136;
 #[derive(Clone, Default)]
 struct Choice {
     options: OpenOptions,
-    image_opts: bool,
+    source: Source,
+    snapshot: bool,
 }
 
 struct Session {
-    image: Option<Image>,
+    image: Option<Arc<Image>>,
+    /// Requests in flight on it.
+    aio: Option<Aio>,
+    engine: Engine,
+    source: Source,
     /// A verification failed, which is told already.
     failed: bool,
 }
@@ -170,8 +181,12 @@ fn report(verb: &str, offset: u64, count: u64, total: u64, ops: u64, took: Durat
 }
 
 impl Session {
+    fn shared_image(&self) -> Result<Arc<Image>> {
+        self.image.clone().ok_or_else(|| Error::usage("no file open, try 'help open'"))
+    }
+
     fn image(&self) -> Result<&Image> {
-        self.image.as_ref().ok_or_else(|| Error::usage("no file open, try 'help open'"))
+        self.image.as_deref().ok_or_else(|| Error::usage("no file open, try 'help open'"))
     }
 
     fn range(&self, flags: &Flags) -> Result<(u64, u64)> {
@@ -343,6 +358,13 @@ impl Session {
         Ok(())
     }
 
+    /// Waits for requests in flight, and closes the image.
+    fn close(&mut self) -> Result<()> {
+        self.settle_aio(true)?;
+        self.aio = None;
+        self.image.take().map_or(Ok(()), |image| image.close())
+    }
+
     fn open(&mut self, args: &[String]) -> Result<()> {
         let f = Flags::parse(args, "rsnCukUo:d:t:i:")?;
         if self.image.is_some() {
@@ -350,7 +372,8 @@ impl Session {
         }
         let mut choice = Choice {
             options: OpenOptions { read_only: f.has('r'), ..Default::default() },
-            image_opts: false,
+            source: Source { image_opts: false, ..self.source.clone() },
+            snapshot: f.has('s'),
         };
         choice.options.force_share = f.has('U');
         choice.options.cache = cache(&f)?;
@@ -359,7 +382,8 @@ impl Session {
             choice.options.options = Options::parse(list)?;
         }
         let name = f.rest.first().cloned().unwrap_or_default();
-        self.image = Some(open(&name, choice)?);
+        self.engine = engine(&f)?;
+        self.image = Some(Arc::new(open(&name, choice)?));
         Ok(())
     }
 
@@ -367,19 +391,16 @@ impl Session {
     fn run(&mut self, line: &str) -> Result<bool> {
         let list = words(line);
         let Some((command, args)) = list.split_first() else { return Ok(true) };
+        self.settle_aio(false)?;
         match command.as_str() {
             "q" | "quit" => return Ok(false),
             "r" | "read" => self.read(args)?,
-            // Requests are carried out at once, so that a later aio_flush has nothing to wait for.
-            "aio_read" => self.vectored(args, false)?,
+            "aio_read" => self.start_aio(args, false)?,
             "w" | "write" => self.write(args)?,
-            "aio_write" => {
-                let f = Flags::parse(args, "CfiP:qzu")?;
-                if f.has('z') { self.write(args)? } else { self.vectored(args, true)? }
-            }
+            "aio_write" => self.start_aio(args, true)?,
             "rv" | "readv" => self.vectored(args, false)?,
             "wv" | "writev" => self.vectored(args, true)?,
-            "aio_flush" => {}
+            "aio_flush" => self.settle_aio(true)?,
             "f" | "flush" => self.image()?.flush()?,
             "d" | "discard" => self.discard(args)?,
             "a" | "alloc" => self.alloc(args)?,
@@ -392,9 +413,9 @@ impl Session {
                 self.image()?.resize(to, mode)?;
             }
             "o" | "open" => self.open(args)?,
-            "c" | "close" => match self.image.take() {
-                Some(image) => image.close()?,
-                None => return Err(Error::usage("no file open, try 'help open'")),
+            "c" | "close" => match self.image.is_some() {
+                true => self.close()?,
+                false => return Err(Error::usage("no file open, try 'help open'")),
             },
             "i" | "info" => {
                 let image = self.image()?;
@@ -424,21 +445,23 @@ fn cache(f: &Flags) -> Result<CacheMode> {
     if f.has('n') { CacheMode::parse("none") } else { CacheMode::parse(f.value('t').unwrap_or("writeback")) }
 }
 
+fn engine(f: &Flags) -> Result<Engine> {
+    f.value('i').map_or(Ok(Engine::Threads), Engine::parse)
+}
+
 fn open(name: &str, choice: Choice) -> Result<Image> {
-    let source = Source { image_opts: choice.image_opts, ..Default::default() };
+    let failed = |e: Error| e.context(format!("can't open device {name}"));
     let format = choice.options.format.clone();
-    let opened = if choice.image_opts || !choice.options.options.is_empty() && name.is_empty() {
-        let mut options = choice.options.clone();
-        if choice.image_opts {
-            options.options = Options::parse(name)?;
-        }
-        Image::open("", &options)
-    } else {
-        return source
-            .open(name, format.as_deref(), choice.options)
-            .map_err(|e| e.context(format!("can't open device {name}")));
-    };
-    opened.map_err(|e| e.context(format!("can't open device {name}")))
+    if choice.snapshot {
+        return overlay::open(&choice.source, name, format.as_deref(), choice.options).map_err(failed);
+    }
+    if name.is_empty() && !choice.options.options.is_empty() {
+        let objects = objects::parse(&choice.source.object)?;
+        let options =
+            OpenOptions { secrets: objects.secrets, credentials: objects.credentials, ..choice.options };
+        return Image::open("", &options).map_err(failed);
+    }
+    choice.source.open(name, format.as_deref(), choice.options).map_err(failed)
 }
 
 /// Runs `qemu-io`.
@@ -455,7 +478,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
     let mut given: Vec<String> = args.skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
-    let mut image_opts = false;
+    let (mut image_opts, mut object) = (false, Vec::new());
     let long = [
         ("--read-only", "-r"),
         ("--snapshot", "-s"),
@@ -463,11 +486,18 @@ fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
         ("--force-share", "-U"),
         ("--misalign", "-m"),
     ];
-    given.retain(|a| {
-        let found = a == "--image-opts";
-        image_opts |= found;
-        !found
-    });
+    let mut list = std::mem::take(&mut given).into_iter();
+    while let Some(word) = list.next() {
+        match word.as_str() {
+            "--image-opts" => image_opts = true,
+            "--object" => {
+                let text = list.next();
+                object.push(text.ok_or_else(|| Error::usage("option '--object' requires an argument"))?);
+            }
+            w if w.starts_with("--object=") => object.push(w["--object=".len()..].to_owned()),
+            _ => given.push(word),
+        }
+    }
     for arg in &mut given {
         if let Some((_, short)) = long.iter().find(|(l, _)| l == arg) {
             *arg = (*short).to_owned();
@@ -493,16 +523,13 @@ fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
     }
     if f.has('h') {
         println!(
-            "Usage: qemu-io [-c CMD]... [-f FMT] [-r] [-n] [-t CACHE] [-d on|off] [-U] [--image-opts] [FILE]"
+            "Usage: qemu-io [--object OBJECTDEF] [-c CMD]... [-f FMT] [-r] [-s] [-n] [-t CACHE] [-d on|off] [-i AIO] [-U]\n               [--image-opts] [FILE]"
         );
         return Ok(true);
     }
-    let mut session = Session { image: None, failed: false };
-    if f.has('s') {
-        return Err(Error::unsupported(
-            "-s (temporary snapshot) is not supported; create an overlay with qemu-img create -b",
-        ));
-    }
+    let source = Source { image_opts, object, force_share: false };
+    let mut session =
+        Session { image: None, aio: None, engine: engine(&f)?, source: source.clone(), failed: false };
     if let Some(name) = f.rest.first() {
         let options = OpenOptions {
             read_only: f.has('r'),
@@ -512,7 +539,7 @@ fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
             format: f.value('f').map(str::to_owned),
             ..Default::default()
         };
-        session.image = Some(open(name, Choice { options, image_opts })?);
+        session.image = Some(Arc::new(open(name, Choice { options, source, snapshot: f.has('s') })?));
     }
     let commands: Vec<&str> = f.set.iter().filter(|x| x.0 == 'c').filter_map(|x| x.1.as_deref()).collect();
     let mut good = true;
@@ -551,9 +578,7 @@ fn session(args: impl Iterator<Item = OsString>) -> Result<bool> {
             break;
         }
     }
-    if let Some(image) = session.image.take() {
-        image.close()?;
-    }
+    session.close()?;
     Ok(good && !session.failed)
 }
 
