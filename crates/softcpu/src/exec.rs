@@ -462,7 +462,10 @@ impl Cpu {
         for ask in asks {
             match ask {
                 Ask::Drop(page) => self.stats.blocks_dropped += self.code.drop_page(page) as u64,
-                Ask::Protect(page) => self.mmu.tlb.protect(page),
+                Ask::Protect(page) => {
+                    self.mmu.tlb.protect(page);
+                    self.jit.forget_stack();
+                }
                 Ask::ProtectAll => self.flush_all_tlbs(),
             }
         }

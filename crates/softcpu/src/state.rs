@@ -259,8 +259,10 @@ pub struct Cpu {
     pub block: *const Block,
     /// Link slot of the branch taken last, to be filled with the block that follows (null if there is none).
     pub link: *const std::cell::Cell<*const Block>,
-    /// TLB table of data accesses at the current privilege (`mmu::TLB_SIZE` entries).
+    /// TLB table of data accesses at the current privilege.
     pub tlb: *mut TlbEntry,
+    /// Byte offset of that table's last entry.
+    pub tlb_mask: u64,
     /// Instructions retired.
     pub retired: u64,
     /// Pending word of [`CpuSignals`].

@@ -168,11 +168,13 @@ impl Cpu {
     pub(crate) fn flush_pcid(&mut self, pcid: u16) {
         self.stats.tlb_flushes += 1;
         self.mmu.tlb.flush_pcid(pcid);
+        self.retable();
     }
 
     /// INVLPG.
     pub(crate) fn flush_page(&mut self, lin: u64) {
         self.mmu.tlb.flush_page(lin);
+        self.jit.forget_stack();
         self.code.drop_jumps(lin);
     }
 

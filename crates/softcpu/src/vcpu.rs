@@ -43,6 +43,7 @@ impl SoftVcpu {
             block: std::ptr::null(),
             link: std::ptr::null(),
             tlb: std::ptr::null_mut(),
+            tlb_mask: 0,
             retired: 0,
             signal_word: word,
             seg: [Seg::default(); 6],

@@ -186,7 +186,10 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Res<Next> {
     }
     match kind {
         0 if pcid as u16 == cpu.pcid() => cpu.flush_page(lin),
-        0 => cpu.mmu.tlb.flush_page_pcid(pcid as u16, lin),
+        0 => {
+            cpu.mmu.tlb.flush_page_pcid(pcid as u16, lin);
+            cpu.retable();
+        }
         1 => cpu.flush_pcid(pcid as u16),
         _ => cpu.flush_tlb(),
     }

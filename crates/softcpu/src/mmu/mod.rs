@@ -14,7 +14,7 @@ mod walk;
 pub use atomic::Locked;
 pub use mem::Mem;
 pub(crate) use mem::copy_out;
-pub use tlb::{Context, ExecEntry, NO_TAG, Privilege, SLOW, TLB_BITS, TLB_SIZE, Tlb, TlbEntry, info};
+pub use tlb::{Context, ENTRY_SHIFT, ExecEntry, NO_TAG, Privilege, SLOW, TLB_SIZE, Tlb, TlbEntry, info};
 pub use walk::{Walk, pf};
 
 use crate::fault::Res;
@@ -80,9 +80,9 @@ impl Cpu {
     /// Entry of the current table for `lin`.
     #[inline(always)]
     fn entry(&self, lin: u64) -> &TlbEntry {
-        // SAFETY: `tlb` always points at a table of `TLB_SIZE` entries of the current context; it is set again
-        // whenever contexts change (`Cpu::retable`).
-        unsafe { &*self.tlb.add((lin >> 12) as usize & (TLB_SIZE - 1)) }
+        // SAFETY: `tlb` always points at a table of the current context, and `tlb_mask` is its size less one entry; they
+        // are set again whenever contexts or sizes change (`Cpu::retable`).
+        unsafe { &*self.tlb.byte_add((lin >> (12 - ENTRY_SHIFT)) as usize & self.tlb_mask as usize) }
     }
 
     /// Host address for reading `len` bytes at `lin`, if the TLB has it and the access stays within a page.
@@ -174,7 +174,10 @@ impl Cpu {
     /// address space.
     #[inline]
     pub fn retable(&mut self) {
-        self.tlb = self.mmu.tlb.table(self.privilege());
+        let table = self.mmu.tlb.table(self.privilege());
+        self.tlb_mask = ((table.len() - 1) << ENTRY_SHIFT) as u64;
+        self.tlb = table.as_mut_ptr();
+        self.jit.forget_stack();
     }
 
     /// Privilege of explicit data accesses.

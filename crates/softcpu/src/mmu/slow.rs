@@ -88,6 +88,8 @@ impl Cpu {
             }
         };
         self.mmu.tlb.fill(p, lin, entry, w.large);
+        // The table may have grown.
+        self.retable();
         Ok(())
     }
 

@@ -2,10 +2,14 @@
 
 use super::PAGE_MASK;
 
-/// log2 of the entries of a table.
-pub const TLB_BITS: u32 = 10;
-/// Entries of a table: direct-mapped by linear page number.
-pub const TLB_SIZE: usize = 1 << TLB_BITS;
+/// Entries of a table at first: direct-mapped by linear page number.
+pub const TLB_SIZE: usize = 1 << 10;
+/// Most entries of a table.
+const TLB_MOST: usize = 1 << 14;
+/// log2 of the size of an entry.
+pub const ENTRY_SHIFT: u32 = size_of::<TlbEntry>().trailing_zeros();
+/// Entries that remember where pages are writable.
+const WRITERS: usize = 1 << 12;
 /// Entries of a table for instruction fetch.
 const EXEC_SIZE: usize = 256;
 /// Address spaces (PCIDs) held at a time.
@@ -81,6 +85,10 @@ struct TableOf<E: Copy> {
     entries: Box<[E]>,
     fills: Vec<u16>,
     overflow: bool,
+    /// Fills since the table was cleared.
+    count: usize,
+    /// Valid entries that others took the place of, since the table has its size.
+    evicted: usize,
 }
 
 impl<E: Copy> TableOf<E> {
@@ -89,10 +97,13 @@ impl<E: Copy> TableOf<E> {
             entries: vec![empty; size].into_boxed_slice(),
             fills: Vec::with_capacity(REMEMBERED),
             overflow: false,
+            count: 0,
+            evicted: 0,
         }
     }
 
     fn filled(&mut self, index: usize) {
+        self.count += 1;
         if self.fills.len() < REMEMBERED {
             self.fills.push(index as u16);
         } else {
@@ -110,7 +121,66 @@ impl<E: Copy> TableOf<E> {
         }
         self.fills.clear();
         self.overflow = false;
+        self.count = 0;
     }
+
+    /// Index for a linear address.
+    fn slot(&self, lin: u64) -> usize {
+        (lin >> 12) as usize & (self.entries.len() - 1)
+    }
+}
+
+impl TableOf<TlbEntry> {
+    /// Enters a translation. A table in which entries keep driving out each other grows.
+    fn fill(&mut self, lin: u64, entry: TlbEntry) {
+        let i = self.slot(lin);
+        let old = self.entries[i];
+        let page = lin & PAGE_MASK;
+        if old.read != NO_TAG && old.read & !SLOW != page {
+            self.evicted += 1;
+            if self.evicted > self.entries.len() && self.entries.len() < TLB_MOST {
+                self.grow();
+                return self.fill(lin, entry);
+            }
+        }
+        self.entries[i] = entry;
+        self.filled(i);
+    }
+
+    fn grow(&mut self) {
+        let size = self.entries.len() * 4;
+        let old = std::mem::replace(&mut self.entries, vec![TlbEntry::EMPTY; size].into_boxed_slice());
+        for e in old.iter().filter(|e| e.read != NO_TAG) {
+            let i = self.slot(e.read);
+            self.entries[i] = *e;
+        }
+        self.evicted = 0;
+        self.overflow = true;
+    }
+
+    /// Empties the table. One that has become large for nothing shrinks.
+    fn empty(&mut self) {
+        if self.entries.len() > TLB_SIZE && self.count < self.entries.len() / 16 {
+            *self = Self::new(TLB_SIZE, TlbEntry::EMPTY);
+            return;
+        }
+        self.clear(TlbEntry::EMPTY);
+    }
+}
+
+/// Where a physical page may be written through: the two translations entered last.
+#[derive(Clone, Copy, Debug)]
+struct Writers {
+    /// Host address of the page.
+    host: u64,
+    /// Linear page addresses; in the low bits, table and context.
+    at: [u64; 2],
+}
+
+const NO_WRITERS: Writers = Writers { host: 0, at: [NO_TAG; 2] };
+
+fn writers_slot(host: u64) -> usize {
+    (host >> 12 ^ host >> 24) as usize & (WRITERS - 1)
 }
 
 /// The translations of one address space.
@@ -125,10 +195,6 @@ pub struct Context {
     exec: [TableOf<ExecEntry>; 2],
     /// Which large pages may have parts in the tables.
     large: [u64; 64],
-}
-
-fn slot(lin: u64) -> usize {
-    (lin >> 12) as usize & (TLB_SIZE - 1)
 }
 
 fn exec_slot(lin: u64) -> usize {
@@ -153,7 +219,7 @@ impl Context {
     }
 
     fn clear(&mut self) {
-        self.data.iter_mut().for_each(|t| t.clear(TlbEntry::EMPTY));
+        self.data.iter_mut().for_each(TableOf::empty);
         self.exec.iter_mut().for_each(|t| t.clear(NO_EXEC));
         self.large = [0; 64];
     }
@@ -174,13 +240,21 @@ pub struct Tlb {
     clock: u64,
     generations: u32,
     global_epoch: u64,
+    /// Every entry that allows writing is in here.
+    writers: Box<[Writers]>,
 }
 
 impl Tlb {
     /// Empty.
     pub fn new() -> Self {
-        let mut t =
-            Self { contexts: vec![Context::new(0)], current: 0, clock: 0, generations: 0, global_epoch: 0 };
+        let mut t = Self {
+            contexts: vec![Context::new(0)],
+            current: 0,
+            clock: 0,
+            generations: 0,
+            global_epoch: 0,
+            writers: vec![NO_WRITERS; WRITERS].into_boxed_slice(),
+        };
         t.contexts[0].generation = t.fresh();
         t
     }
@@ -201,22 +275,25 @@ impl Tlb {
     }
 
     /// The table for data accesses of a privilege, in the current address space.
-    pub fn table(&mut self, p: Privilege) -> *mut TlbEntry {
-        self.contexts[self.current].data[p as usize].entries.as_mut_ptr()
+    /// Its size is a power of two.
+    pub fn table(&mut self, p: Privilege) -> &mut [TlbEntry] {
+        &mut self.contexts[self.current].data[p as usize].entries
     }
 
     /// The entry for a linear address.
     #[inline]
     pub fn get(&self, p: Privilege, lin: u64) -> TlbEntry {
-        self.contexts[self.current].data[p as usize].entries[slot(lin)]
+        let t = &self.contexts[self.current].data[p as usize];
+        t.entries[t.slot(lin)]
     }
 
-    /// Sets the entry for a linear address. `large` is log2 of the page's size if it is a large page.
+    /// Sets the entry for a linear address. `large` is log2 of the page's size if it is a large page. The table may move.
     pub fn fill(&mut self, p: Privilege, lin: u64, entry: TlbEntry, large: Option<u32>) {
+        if entry.write & SLOW == 0 {
+            self.note_writer(p, entry);
+        }
         let c = &mut self.contexts[self.current];
-        let i = slot(lin);
-        c.data[p as usize].entries[i] = entry;
-        c.data[p as usize].filled(i);
+        c.data[p as usize].fill(lin, entry);
         if let Some(shift) = large {
             let (i, b) = large_bit(lin, shift);
             c.large[i] |= b;
@@ -312,7 +389,7 @@ impl Tlb {
             let page = lin & PAGE_MASK;
             let c = &mut self.contexts[i];
             for t in &mut c.data {
-                let e = &mut t.entries[slot(lin)];
+                let e = &mut t.entries[(lin >> 12) as usize & (t.entries.len() - 1)];
                 let held = e.read & PAGE_MASK == page || e.write & PAGE_MASK == page;
                 if held && (current || e.info & info::GLOBAL != 0) {
                     *e = TlbEntry::EMPTY;
@@ -337,17 +414,41 @@ impl Tlb {
         }
     }
 
+    /// Remembers an entry that allows writing, so that [`Self::protect`] finds it. What cannot be remembered any more
+    /// loses the right.
+    fn note_writer(&mut self, p: Privilege, entry: TlbEntry) {
+        let host = entry.write.wrapping_add(entry.addend);
+        let at = entry.write | (self.current as u64) << 4 | p as u64;
+        let w = &mut self.writers[writers_slot(host)];
+        let old = *w;
+        if old.host != host {
+            *w = Writers { host, at: [at, NO_TAG] };
+            self.forbid(old.host, old.at[0]);
+            self.forbid(old.host, old.at[1]);
+        } else if !old.at.contains(&at) {
+            w.at = [at, old.at[0]];
+            self.forbid(host, old.at[1]);
+        }
+    }
+
+    /// Takes the right to write from an entry, if it is still that of the page.
+    fn forbid(&mut self, host: u64, at: u64) {
+        let Some(c) = self.contexts.get_mut((at >> 4 & 0xff) as usize) else { return };
+        let Some(t) = c.data.get_mut((at & 0xf) as usize) else { return };
+        let i = t.slot(at);
+        let e = &mut t.entries[i];
+        if e.write == at & PAGE_MASK && e.write.wrapping_add(e.addend) == host {
+            e.write = NO_TAG;
+        }
+    }
+
     /// Takes the right to write a physical page (by host address) without further ado from all entries.
     pub fn protect(&mut self, host: usize) {
-        for c in &mut self.contexts {
-            for t in &mut c.data {
-                for e in t.entries.iter_mut() {
-                    // EMPTY has a tag that overflows harmlessly into no page's address.
-                    if e.write & SLOW == 0 && e.write.wrapping_add(e.addend) as usize == host {
-                        e.write = NO_TAG;
-                    }
-                }
-            }
+        let w = &mut self.writers[writers_slot(host as u64)];
+        if w.host == host as u64 {
+            let at = std::mem::replace(w, NO_WRITERS).at;
+            self.forbid(host as u64, at[0]);
+            self.forbid(host as u64, at[1]);
         }
     }
 }

@@ -48,7 +48,9 @@ pub enum Rm {
 #[allow(missing_docs)]
 pub mod op {
     pub const ADD: u8 = 0;
+    pub const OR: u8 = 1;
     pub const AND: u8 = 4;
+    pub const SUB: u8 = 5;
     pub const CMP: u8 = 7;
 }
 
@@ -60,6 +62,7 @@ pub mod cond {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
+    pub const A: u8 = 7;
 }
 
 /// A place in the code that will be bound later: positions of 32-bit relative offsets that lead to it, and of those that
@@ -223,6 +226,12 @@ impl Asm {
     /// JMP to an address.
     pub fn jmp(&mut self, target: u64) {
         self.buf.push(0xe9);
+        self.rel(target);
+    }
+
+    /// CALL of an address.
+    pub fn call(&mut self, target: u64) {
+        self.buf.push(0xe8);
         self.rel(target);
     }
 

@@ -8,7 +8,7 @@
 use super::asm::{Label, Mem, Rm, cond, host, op};
 use super::cache::{JUMP_BITS, JUMP_SHIFT};
 use super::emit::{Done, Emitter, Flags, NewLink, Reach, Stub};
-use super::layout::{DEPTH_LIMIT, JUMPS, KEY, SPILL};
+use super::layout::{BRANCH, DEPTH_LIMIT, JUMPS, KEY, SPILL};
 use super::memory::{Ea, Shape};
 use super::operand::number;
 use super::scan::{ALL, Inst};
@@ -139,12 +139,20 @@ impl Emitter<'_> {
             }
             self.clobber(inst.live_in());
         }
-        self.canonical_target(inst);
         Ok(())
+    }
+
+    /// Should the target in RCX not be canonical, the look-up finds the branch to blame by this; `popped` is what it has
+    /// added to RSP.
+    fn blame(&mut self, inst: &Inst, popped: u8) {
+        let site = self.site(&inst.i, popped, 1, 0);
+        self.asm.rm(true, &[0xc7], 0, Rm::Gs(BRANCH));
+        self.asm.bytes(&(site as u32).to_le_bytes());
     }
 
     pub(super) fn jump_indirect(&mut self, inst: &Inst) -> Done {
         self.target(inst)?;
+        self.blame(inst, 0);
         lookup(&mut self.asm, self.fixed.lookup_miss);
         Ok(())
     }
@@ -196,6 +204,7 @@ impl Emitter<'_> {
 
     pub(super) fn call_indirect(&mut self, inst: &Inst) -> Done {
         self.target(inst)?;
+        self.canonical_target(inst);
         self.asm.store(Rm::Gs(SPILL), host::RCX);
         let slot = self.check_push(inst, inst.i.op_kind(0) == OpKind::Memory)?;
         self.push_return(inst, slot);
@@ -216,7 +225,10 @@ impl Emitter<'_> {
         let m = self.check(inst, &Ea::base(4, 0), shape, host::RAX)?;
         let more = if inst.i.op_count() == 1 { i32::from(inst.i.immediate16()) } else { 0 };
         self.asm.load(host::RCX, Rm::Mem(m));
-        self.canonical_target(inst);
+        match u8::try_from(8 + more) {
+            Ok(popped) => self.blame(inst, popped),
+            Err(_) => self.canonical_target(inst),
+        }
         let sp = stack_register();
         self.asm.lea(sp, Mem::base(sp, 8 + more));
         self.asm.bytes(&[0xc3]);

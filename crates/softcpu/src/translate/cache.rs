@@ -47,6 +47,8 @@ pub mod site {
     pub const SSE: u8 = 4;
     /// The vector registers must be loaded for AVX.
     pub const AVX: u8 = 8;
+    /// The instruction is the block's last, and may lead anywhere.
+    pub const END: u8 = 16;
 }
 
 /// A place in translated code that may take the slow path.
@@ -82,6 +84,9 @@ pub struct Fixed {
     pub lookup: u64,
     pub lookup_miss: u64,
     pub base_return: u64,
+    pub fresh: u64,
+    /// Look-ups of stack accesses, by log2 of their size: reads and writes.
+    pub stack: [[u64; 6]; 2],
 }
 
 /// A translated block.
@@ -283,7 +288,7 @@ impl Translator {
             return None;
         }
         let scan = scan::scan(page, ip, self.exact);
-        if scan.insts.is_empty() || scan.insts.iter().all(|i| i.kind == scan::Kind::Interpret) {
+        if scan.insts.is_empty() {
             return None;
         }
         let at = self.used;

@@ -58,6 +58,8 @@ pub struct NewLink {
 pub(super) enum Stub {
     /// To the slow path of an access.
     Slow { from: Label, site: usize, ea: Option<Ea> },
+    /// To the look-up of a stack access; `t` gets the addend.
+    Stack { from: Label, site: usize, ea: Ea, t: u8, to: u64, back: usize },
     /// To the dispatcher, through link `link`.
     Exit { from: Label, link: usize },
     /// To the dispatcher because of signals.
@@ -200,7 +202,11 @@ impl<'a> Emitter<'a> {
             Kind::Call => self.call(inst),
             Kind::CallIndirect => self.call_indirect(inst),
             Kind::Ret => self.ret(inst),
-            Kind::Interpret | Kind::Stop => Err(Unsupported),
+            Kind::Sti => self.sti(inst),
+            Kind::Pushf => self.pushf(inst),
+            Kind::Popf => self.popf(inst),
+            Kind::Rdtsc => self.rdtsc(inst),
+            Kind::Interpret | Kind::End => Err(Unsupported),
         }
     }
 
@@ -264,7 +270,11 @@ impl<'a> Emitter<'a> {
         if self.flags == Flags::Host && inst.live_in() != 0 {
             self.save_flags();
         }
-        let site = self.site(&inst.i, 0, 0, 0);
+        let end = matches!(
+            inst.kind,
+            Kind::End | Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret
+        );
+        let site = self.site(&inst.i, 0, 0, if end { site::END } else { 0 });
         self.asm.mov_imm(host::RAX, site as u64);
         self.asm.jmp(self.fixed.slow);
         self.flags = Flags::Both;
@@ -399,7 +409,7 @@ impl<'a> Emitter<'a> {
             return;
         }
         match last.kind {
-            Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret => {}
+            Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret | Kind::End => {}
             _ => self.link_jump(scan.end, last.live_out),
         }
     }
@@ -440,6 +450,17 @@ impl<'a> Emitter<'a> {
                 }
                 self.asm.mov_imm(host::RAX, site as u64);
                 self.asm.jmp(self.fixed.slow);
+            }
+            Stub::Stack { from, site, ea, t, to, back } => {
+                self.asm.bind(&from);
+                self.address(host::RCX, &ea, 0);
+                self.asm.mov_imm(host::RAX, site as u64);
+                self.asm.call(to);
+                if t != host::RAX {
+                    self.asm.mov(t, host::RAX);
+                }
+                let back = self.asm.base + back as u64;
+                self.asm.jmp(back);
             }
             Stub::Exit { from, link } => {
                 self.asm.bind(&from);

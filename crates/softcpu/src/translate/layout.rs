@@ -54,6 +54,8 @@ pub fn vector(n: usize) -> usize {
 pub const CC: usize = offset_of!(Cpu, cc);
 /// Offset of [`Cpu::tlb`].
 pub const TLB: usize = offset_of!(Cpu, tlb);
+/// Offset of [`Cpu::tlb_mask`].
+pub const TLB_MASK: usize = offset_of!(Cpu, tlb_mask);
 /// Offset of [`Cpu::signal_word`].
 pub const SIGNALS: usize = offset_of!(Cpu, signal_word);
 /// Offset of [`super::State::host_rsp`].
@@ -76,6 +78,17 @@ pub const LINEAR: usize = offset_of!(Cpu, jit) + offset_of!(super::State, linear
 pub const DEPTH_LIMIT: usize = offset_of!(Cpu, jit) + offset_of!(super::State, depth_limit);
 /// Offset of [`super::State::spill`].
 pub const SPILL: usize = offset_of!(Cpu, jit) + offset_of!(super::State, spill);
+
+/// Offset of [`super::State::fresh`].
+pub const FRESH: usize = offset_of!(Cpu, jit) + offset_of!(super::State, fresh);
+/// Offset of [`super::State::base_return`].
+pub const BASE_RETURN: usize = offset_of!(Cpu, jit) + offset_of!(super::State, base_return);
+/// Offset of [`super::State::branch`].
+pub const BRANCH: usize = offset_of!(Cpu, jit) + offset_of!(super::State, branch);
+/// Offset of [`super::State::stack_page`].
+pub const STACK_PAGE: usize = offset_of!(Cpu, jit) + offset_of!(super::State, stack_page);
+/// Offset of [`super::State::stack_addend`].
+pub const STACK_ADDEND: usize = offset_of!(Cpu, jit) + offset_of!(super::State, stack_addend);
 
 /// Offset of the read tag in a TLB entry.
 pub const TLB_READ: i32 = offset_of!(TlbEntry, read) as i32;

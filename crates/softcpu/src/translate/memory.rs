@@ -4,11 +4,13 @@
 //! add to a linear address to get the host's. With U and T as scratch registers:
 //!
 //! ```text
-//! lea U, [address]; shr U, 12 - 5; and U, 1023 << 5; add U, gs:[tlb]
+//! lea U, [address]; shr U, 12 - 5; and U, gs:[tlb_mask]; add U, gs:[tlb]
 //! lea T, [address + size - 1]; and T, -4096; cmp T, [U + tag]; jne slow
 //! mov T, [U + addend]
 //! op  ..., [T + address]
 //! ```
+//!
+//! Stack accesses nearly always hit the same page, so theirs compare with one page that is remembered (`check_stack`).
 //!
 //! An access that crosses into another page, or into nowhere, takes the slow path; where alignment matters the low bits
 //! stay in the comparison.
@@ -16,9 +18,10 @@
 use super::asm::{Label, Mem, Rm, cond, host, op};
 use super::cache::site;
 use super::emit::{Emitter, Stub, Unsupported};
-use super::layout::{HOST, TLB, TLB_ADDEND, TLB_READ, TLB_SHIFT, TLB_WRITE, gpr, seg_base};
+use super::layout::{
+    HOST, STACK_ADDEND, STACK_PAGE, TLB, TLB_ADDEND, TLB_MASK, TLB_READ, TLB_SHIFT, TLB_WRITE, gpr, seg_base,
+};
 use super::scan::Inst;
-use crate::mmu::TLB_SIZE;
 use iced_x86::{Instruction, Register};
 
 /// A guest memory operand.
@@ -109,32 +112,41 @@ impl Emitter<'_> {
                 return Err(Unsupported);
             }
             let site = self.site(&inst.i, size, align, bits);
-            let slot = (((lin >> 12) as usize & (TLB_SIZE - 1)) << TLB_SHIFT) as i32;
+            let slot = (lin >> (12 - TLB_SHIFT)) as u32 & !((1 << TLB_SHIFT) - 1);
             let page = lin & !0xfff;
             let mut from = Label::default();
-            self.asm.load(u, Rm::Gs(TLB));
+            self.asm.mov_imm(u, u64::from(slot));
+            self.asm.rm(false, &[0x23], u, Rm::Gs(TLB_MASK)); // and
+            self.asm.alu(op::ADD, u, Rm::Gs(TLB));
             let short = i32::try_from(lin as i64).ok();
             if short.is_some() {
                 let page = page as i64 as i32;
-                self.asm.alu_imm(op::CMP, true, Rm::Mem(Mem::base(u, slot + tag)), page);
+                self.asm.alu_imm(op::CMP, true, Rm::Mem(Mem::base(u, tag)), page);
             } else {
                 self.asm.mov_imm(t, page);
-                self.asm.alu(op::CMP, t, Rm::Mem(Mem::base(u, slot + tag)));
+                self.asm.alu(op::CMP, t, Rm::Mem(Mem::base(u, tag)));
             }
             self.asm.jcc_label(cond::NE, &mut from);
             self.stubs.push(Stub::Slow { from, site, ea: Some(*ea) });
             if let Some(disp) = short {
-                self.asm.load(t, Rm::Mem(Mem::base(u, slot + TLB_ADDEND)));
+                self.asm.load(t, Rm::Mem(Mem::base(u, TLB_ADDEND)));
                 return Ok(Mem::base(t, disp));
             }
             self.asm.mov_imm(t, lin);
-            self.asm.alu(op::ADD, t, Rm::Mem(Mem::base(u, slot + TLB_ADDEND)));
+            self.asm.alu(op::ADD, t, Rm::Mem(Mem::base(u, TLB_ADDEND)));
             return Ok(Mem::base(t, 0));
+        }
+        if let Ea { seg: None, base: Some(super::stack::RSP), index: None, .. } = *ea
+            && align == 1
+            && size.is_power_of_two()
+            && size <= 32
+        {
+            return Ok(self.check_stack(inst, ea, shape, t, bits));
         }
         let site = self.site(&inst.i, size, align, bits);
         self.address(u, ea, 0);
         self.asm.shr32(u, 12 - TLB_SHIFT);
-        self.asm.alu_imm(op::AND, false, Rm::Reg(u), ((TLB_SIZE - 1) << TLB_SHIFT) as i32);
+        self.asm.rm(false, &[0x23], u, Rm::Gs(TLB_MASK)); // and
         self.asm.alu(op::ADD, u, Rm::Gs(TLB));
         // What need not be aligned may cross pages; what is aligned cannot.
         let aligned = align >= size;
@@ -150,6 +162,22 @@ impl Emitter<'_> {
         self.stubs.push(Stub::Slow { from, site, ea: Some(*ea) });
         self.asm.load(t, Rm::Mem(Mem::base(u, TLB_ADDEND)));
         Ok(self.complete(t, u, ea))
+    }
+
+    /// Checks an access relative to RSP: against the page in which the stack was found last.
+    fn check_stack(&mut self, inst: &Inst, ea: &Ea, shape: Shape, t: u8, bits: u8) -> Mem {
+        let Shape { write, size, .. } = shape;
+        let site = self.site(&inst.i, size, 1, bits);
+        let mut from = Label::default();
+        self.address(t, ea, 0);
+        self.asm.alu(op::SUB, t, Rm::Gs(STACK_PAGE));
+        self.asm.alu_imm(op::CMP, true, Rm::Reg(t), 4096 - i32::from(size));
+        self.asm.jcc_label(cond::A, &mut from);
+        self.asm.load(t, Rm::Gs(STACK_ADDEND));
+        let back = self.asm.here();
+        let to = self.fixed.stack[usize::from(write)][size.trailing_zeros() as usize];
+        self.stubs.push(Stub::Stack { from, site, ea: *ea, t, to, back });
+        self.complete(t, host::RAX + host::RCX - t, ea)
     }
 
     /// The operand, `t` holding the addend.

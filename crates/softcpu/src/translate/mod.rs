@@ -3,7 +3,7 @@
 //! * `layout`: where guest state is while translated code runs.
 //! * `asm`: emitter for the code around guest instructions.
 //! * `scan`: finds the instructions of a block, and which flags are live where.
-//! * `emit`, `operand`, `memory`, `stack`, `special`, `branch`: code for a block.
+//! * `emit`, `operand`, `memory`, `stack`, `special`, `system`, `branch`: code for a block.
 //! * `cache`: the code cache: blocks, links between them, look-up, invalidation.
 //! * `stubs`: the fixed pieces of code that every block uses.
 //! * `run`: in and out of translated code, and what its slow paths call.
@@ -22,6 +22,7 @@ mod scan;
 mod special;
 mod stack;
 mod stubs;
+mod system;
 
 pub use cache::{LEAST, MOST, Translator};
 
@@ -60,13 +61,35 @@ pub struct State {
     pub spill: [u64; 2],
     /// What the run loop is to do ([`crate::op::Next`]).
     pub next: usize,
-    /// GS base set by this vCPU, to restore on the way out.
-    pub old_gs: u64,
+    /// Where code continues after the host's stack was emptied.
+    pub fresh: u64,
+    /// What is at the bottom of the host's stack: the address of the look-up for returns that nothing foresaw.
+    pub base_return: u64,
+    /// Site of the branch whose target is looked up.
+    pub branch: u64,
+    /// Linear address of the page that the stack was found writable in; [`NO_STACK`] if that is no longer known.
+    pub stack_page: u64,
+    /// Host address minus linear address of that page.
+    pub stack_addend: u64,
+    /// What is reached through [`NO_STACK`], so that nothing else can be.
+    dummy: Box<[u64; 520]>,
+}
+
+/// A page in the hole of non-canonical addresses.
+const NO_STACK: u64 = 1 << 63;
+
+impl State {
+    /// The page that the stack is in may have lost its translation.
+    #[inline]
+    pub fn forget_stack(&mut self) {
+        self.stack_page = NO_STACK;
+        self.stack_addend = (self.dummy.as_ptr() as u64).wrapping_sub(NO_STACK);
+    }
 }
 
 impl Default for State {
     fn default() -> Self {
-        Self {
+        let mut state = Self {
             host_rsp: 0,
             saved_rsp: 0,
             target: 0,
@@ -80,8 +103,15 @@ impl Default for State {
             depth_limit: 0,
             spill: [0; 2],
             next: 0,
-            old_gs: 0,
-        }
+            fresh: 0,
+            base_return: 0,
+            branch: 0,
+            stack_page: 0,
+            stack_addend: 0,
+            dummy: Box::new([0; 520]),
+        };
+        state.forget_stack();
+        state
     }
 }
 

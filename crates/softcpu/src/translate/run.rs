@@ -169,6 +169,9 @@ impl Cpu {
                     };
                     (Some(argument as u32), l.target)
                 }
+                exit::LOOKUP | exit::POLL if !crate::mmu::canonical(argument) => {
+                    return self.blame_branch();
+                }
                 exit::LOOKUP => (None, argument),
                 exit::AT | exit::POLL => {
                     if let Some(t) = self.code.translator.as_deref_mut() {
@@ -196,6 +199,18 @@ impl Cpu {
         }
     }
 
+    /// A branch to a non-canonical address: the interpreter does it again, and faults.
+    fn blame_branch(&mut self) -> Next {
+        let branch = self.jit.branch;
+        let Some(s) = self.code.translator.as_deref().and_then(|t| t.site(branch)) else {
+            return Next::LOOKUP;
+        };
+        self.rip = s.ip;
+        let sp = &mut self.regs[reg::RSP as usize / 8];
+        *sp = sp.wrapping_sub(u64::from(s.size));
+        self.interpret_one()
+    }
+
     /// The entry of the translated block at `ip`, which translated code left for; and lets `link` lead there.
     fn follow(&mut self, link: Option<u32>, ip: u64) -> Option<u64> {
         // SAFETY: the word is in `self.signals`, which lives as long.
@@ -204,7 +219,8 @@ impl Cpu {
         }
         self.jit.key = self.translator_key();
         let key = self.jit.key;
-        // Only what is in the TLB is linked; the interpreter walks, and faults.
+        // What cannot be fetched faults in the interpreter.
+        self.fetch_page(ip).ok()?;
         let e = self.mmu.tlb.exec(self.cpl == 3, ip)?;
         let mode = self.block_mode();
         let t = self.code.translator.as_deref_mut()?;
@@ -295,17 +311,45 @@ impl Cpu {
         self.rip = s.ip;
         let next = self.interpret_one();
         let plain = next == Next::LOOKUP || next.0 >= Next::LEAST_ADDRESS;
-        if plain
+        if !plain {
+            return self.leave(leave, next);
+        }
+        let same = self.unchanged(version, key, mode);
+        if same
             && self.rip == s.next_ip
+            && s.bits & site::END == 0
             && wanted == 0
-            && self.unchanged(version, key, mode)
             && !self.signals_pending()
             && self.reload(held)
         {
             self.jit.target = resume;
             return;
         }
-        self.leave(leave, if plain { Next::LOOKUP } else { next });
+        if !self.carry_on(held, same) {
+            self.leave(leave, Next::LOOKUP);
+        }
+    }
+
+    /// Goes on with the translated block at RIP, if there is one. `same`: in the same address space and mode, and nothing
+    /// was dropped.
+    fn carry_on(&mut self, held: u8, same: bool) -> bool {
+        if self.mode.contains(Mode::STEP) || !self.mode.is64() || self.signals_pending() {
+            return false;
+        }
+        self.jit.key = self.translator_key();
+        let (key, ip) = (self.jit.key, self.rip);
+        let found = self.code.translator.as_deref().and_then(|t| t.jump(ip, key));
+        let Some(entry) = found.or_else(|| self.follow(None, ip)) else { return false };
+        if !self.reload(held) {
+            self.jit.vectors = 0;
+        }
+        self.jit.target = entry;
+        if !same && let Some(t) = self.code.translator.as_deref() {
+            // Return addresses on the host's stack are for another address space, or lead to code that was dropped.
+            self.jit.fresh = entry;
+            self.jit.target = t.fixed.fresh;
+        }
+        true
     }
 
     fn count(&mut self, f: impl FnOnce(&mut super::Counters)) {

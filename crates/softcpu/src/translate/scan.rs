@@ -42,6 +42,14 @@ pub enum Kind {
     Leave,
     /// CLI.
     Cli,
+    /// STI.
+    Sti,
+    /// PUSHF.
+    Pushf,
+    /// POPF.
+    Popf,
+    /// RDTSC, RDTSCP.
+    Rdtsc,
     /// SSE or AVX; `avx` tells which.
     Vector {
         /// VEX-encoded.
@@ -65,8 +73,8 @@ pub enum Kind {
     Ret,
     /// Left to the interpreter, within the block.
     Interpret,
-    /// The block ends before it.
-    Stop,
+    /// Left to the interpreter, and the block ends with it.
+    End,
 }
 
 /// An instruction of a block.
@@ -196,7 +204,7 @@ fn classify(i: &Instruction) -> Kind {
             return if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 {
                 Kind::Jcc
             } else {
-                Kind::Stop
+                Kind::End
             };
         }
         FlowControl::UnconditionalBranch if i.op0_kind() == OpKind::NearBranch64 => return Kind::Jmp,
@@ -204,7 +212,7 @@ fn classify(i: &Instruction) -> Kind {
         FlowControl::IndirectBranch if matches!(i.code(), Code::Jmp_rm64) => return Kind::JmpIndirect,
         FlowControl::IndirectCall if matches!(i.code(), Code::Call_rm64) => return Kind::CallIndirect,
         FlowControl::Return if matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => return Kind::Ret,
-        _ => return Kind::Stop,
+        _ => return Kind::End,
     }
     // Address-size prefixes are too rare to be worth code.
     let has_memory = (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
@@ -267,6 +275,10 @@ fn classify(i: &Instruction) -> Kind {
         }
         Leave if i.code() == Code::Leaveq => Kind::Leave,
         Cli => Kind::Cli,
+        Sti => Kind::Sti,
+        Pushfq => Kind::Pushf,
+        Popfq => Kind::Popf,
+        Rdtsc | Rdtscp => Kind::Rdtsc,
         _ => vector(i),
     }
 }
@@ -298,7 +310,7 @@ fn analyse(mut i: Instruction) -> Inst {
     }
     let kills = match kind {
         // A count of zero leaves all flags as they were, and REP may do nothing.
-        Kind::ShiftCl | Kind::Interpret | Kind::Stop => 0,
+        Kind::ShiftCl | Kind::Interpret | Kind::End => 0,
         _ if through_carry => 0,
         _ => modifies,
     };
@@ -359,10 +371,6 @@ pub fn scan(page: &[u8], ip: u64, exact: bool) -> Scan {
         }
         let mut inst = analyse(instruction);
         inst.live_fault = if exact { ALL } else { 0 };
-        if inst.kind == Kind::Stop {
-            out.stopped = true;
-            break;
-        }
         out.insts.push(inst);
         out.end = instruction.next_ip();
         match inst.kind {
@@ -372,7 +380,7 @@ pub fn scan(page: &[u8], ip: u64, exact: bool) -> Scan {
                     break;
                 }
             }
-            Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret => break,
+            Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret | Kind::End => break,
             _ => {}
         }
     }
@@ -387,7 +395,7 @@ fn liveness(out: &mut Scan, page: &[u8], page_ip: u64) {
         _ if out.stopped => ALL,
         Some(last) => match last.kind {
             Kind::Jmp => peek(page, page_ip, last.i.near_branch_target()),
-            Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret => ALL,
+            Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret | Kind::End => ALL,
             _ => peek(page, page_ip, end),
         },
     };
@@ -431,9 +439,9 @@ mod tests {
     }
 
     #[test]
-    fn blocks_end_before_what_only_the_interpreter_can_do() {
+    fn blocks_end_with_what_only_the_interpreter_can_do() {
         let s = scan(&page(&[0x90, 0x0f, 0x05]), 0x1000, false); // nop; syscall
-        assert!(s.stopped && s.insts.len() == 1);
+        assert!(!s.stopped && s.insts.len() == 2 && s.insts[1].kind == Kind::End);
         let mut p = vec![0x90; 4096];
         p[4095] = 0xe9; // a jump that reaches into the next page
         let s = scan(&p, 0x1ff0, false);

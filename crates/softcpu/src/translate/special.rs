@@ -1,15 +1,12 @@
 //! Instructions with operands that cannot be chosen: shifts by CL, multiplication and division, CMPXCHG, sign extension of
-//! the accumulator, CLI.
+//! the accumulator.
 
 use super::asm::{Mem, Rm, cond, host, op};
 use super::emit::{Done, Emitter, Unsupported, set_memory};
 use super::layout::{HOST, gpr};
 use super::operand::{host_register, is_high, number};
 use super::scan::Inst;
-use crate::Cpu;
-use crate::state::fl;
 use iced_x86::{Code, OpKind};
-use std::mem::offset_of;
 
 /// Host register of the guest's RAX.
 fn accumulator() -> u8 {
@@ -179,15 +176,6 @@ impl Emitter<'_> {
         if accumulates {
             self.asm.mov(accumulator(), host::RAX);
         }
-        Ok(())
-    }
-
-    /// CLI in the kernel.
-    pub(super) fn cli(&mut self, inst: &Inst) -> Done {
-        self.clobber(inst.live_in());
-        self.asm.cmp8_imm(Rm::Gs(offset_of!(Cpu, cpl)), 0);
-        self.interpret_if(cond::NE, &inst.i);
-        self.asm.alu_imm(op::AND, true, Rm::Gs(offset_of!(Cpu, flags)), !(fl::IF as i32));
         Ok(())
     }
 }

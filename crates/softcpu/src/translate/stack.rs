@@ -7,7 +7,7 @@ use super::memory::{Ea, Shape};
 use super::scan::Inst;
 use iced_x86::{OpKind, Register};
 
-const RSP: usize = 4;
+pub(super) const RSP: usize = 4;
 const RBP: usize = 5;
 
 /// Host register of the guest's RSP.

@@ -3,7 +3,7 @@
 use super::asm::{Asm, Label, Mem, Rm, cond, host, op};
 use super::branch::lookup;
 use super::cache::Fixed;
-use super::layout::{ARGUMENT, CC, HOST, HOST_RSP, LINEAR, SAVED_RSP, SIGNALS, TARGET, VECTORS, gpr, vector};
+use super::layout::*;
 use crate::native::features::Host;
 use std::mem::offset_of;
 
@@ -87,6 +87,7 @@ pub fn build(base: u64) -> (Vec<u8>, Fixed) {
     a.lea(host::RSP, Mem::base(host::RSP, -8));
     a.store(Rm::Gs(HOST_RSP), host::RSP);
     a.mov_imm(host::RAX, f.base_return);
+    a.store(Rm::Gs(BASE_RETURN), host::RAX);
     a.bytes(&[0x50]); // push rax
     a.mov(host::RAX, host::RDI);
     load_registers(&mut a);
@@ -117,7 +118,53 @@ pub fn build(base: u64) -> (Vec<u8>, Fixed) {
     a.rm(false, &[0x0f, 0xb7], host::RAX, Rm::Gs(CC));
     a.bytes(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf
     a.rm(false, &[0xff], 4, Rm::Gs(TARGET));
+
+    // Continues elsewhere with an empty stack of return addresses. All registers and flags are the guest's.
+    f.fresh = here(&mut a);
+    a.load(host::RSP, Rm::Gs(HOST_RSP));
+    a.rm(false, &[0xff], 6, Rm::Gs(BASE_RETURN)); // push
+    a.rm(false, &[0xff], 4, Rm::Gs(FRESH));
+
+    for write in [false, true] {
+        for size in 0..6 {
+            let at = here(&mut a);
+            f.stack[usize::from(write)][size] = at;
+            stack(&mut a, write, 1 << size, f.slow);
+        }
+    }
     (a.buf, f)
+}
+
+/// Looks up a stack access at RCX; RAX is the number of its site. Returns the addend in RAX, or goes to the slow path. A
+/// page that may be written is remembered.
+fn stack(a: &mut Asm, write: bool, size: i32, slow: u64) {
+    let (mut readable, mut fail) = (Label::default(), Label::default());
+    a.store(Rm::Gs(ARGUMENT), host::RAX);
+    a.store(Rm::Gs(LINEAR), host::RCX);
+    a.load32(host::RAX, Rm::Reg(host::RCX));
+    a.shr32(host::RAX, 12 - TLB_SHIFT);
+    a.rm(false, &[0x23], host::RAX, Rm::Gs(TLB_MASK)); // and
+    a.alu(op::ADD, host::RAX, Rm::Gs(TLB));
+    a.lea(host::RCX, Mem::base(host::RCX, size - 1));
+    a.alu_imm(op::AND, true, Rm::Reg(host::RCX), -4096);
+    a.alu(op::CMP, host::RCX, Rm::Mem(Mem::base(host::RAX, TLB_WRITE)));
+    a.jcc_label(cond::NE, if write { &mut fail } else { &mut readable });
+    a.store(Rm::Gs(STACK_PAGE), host::RCX);
+    a.load(host::RAX, Rm::Mem(Mem::base(host::RAX, TLB_ADDEND)));
+    a.store(Rm::Gs(STACK_ADDEND), host::RAX);
+    a.bytes(&[0xc3]);
+    if !write {
+        a.bind(&readable);
+        a.alu(op::CMP, host::RCX, Rm::Mem(Mem::base(host::RAX, TLB_READ)));
+        a.jcc_label(cond::NE, &mut fail);
+        a.load(host::RAX, Rm::Mem(Mem::base(host::RAX, TLB_ADDEND)));
+        a.bytes(&[0xc3]);
+    }
+    a.bind(&fail);
+    a.lea(host::RSP, Mem::base(host::RSP, 8));
+    a.load(host::RAX, Rm::Gs(ARGUMENT));
+    a.load(host::RCX, Rm::Gs(LINEAR));
+    a.jmp(slow);
 }
 
 fn store_registers(a: &mut Asm) {
