@@ -24,6 +24,8 @@ const MODULES: &[&str] = &[
     "virtio_scsi",
     "vmw_vsock_virtio_transport",
     "sd_mod",
+    "sr_mod",
+    "ata_piix",
     "nvme",
     "evdev",
     "button",

@@ -1,6 +1,8 @@
 //! Where a device is plugged: the properties that every PCI device has, and the buses that devices bring along.
 
 use crate::CreateError;
+use crate::storage::ata::IdeBus;
+use crate::storage::nvme::NvmeBus;
 use crate::storage::scsi::ScsiBus;
 use base::props::{Bag, PropError, Properties};
 use bus::pci::{PciBus, PciFunction, SharedFunction};
@@ -15,6 +17,10 @@ use std::sync::Arc;
 pub enum ChildBus {
     /// Behind a PCI bridge or PCI Express port.
     Pci(Arc<PciBus>),
+    /// A SATA port or IDE channel.
+    Ide(Arc<IdeBus>),
+    /// The namespaces of an NVMe controller.
+    Nvme(Arc<NvmeBus>),
     /// Behind a SCSI controller.
     Scsi(Arc<ScsiBus>),
 }
@@ -24,6 +30,8 @@ impl ChildBus {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Pci(_) => "PCI",
+            Self::Ide(_) => "IDE",
+            Self::Nvme(_) => "NVMe",
             Self::Scsi(_) => "SCSI",
         }
     }
@@ -32,6 +40,8 @@ impl ChildBus {
     pub fn has_room(&self) -> bool {
         match self {
             Self::Pci(bus) => bus.free_slot().is_some(),
+            Self::Ide(bus) => bus.free().is_some(),
+            Self::Nvme(bus) => bus.free().is_some(),
             Self::Scsi(bus) => bus.free_target().is_some(),
         }
     }

@@ -1,5 +1,6 @@
 //! Arguments of `kvasir run`, and the blueprint they describe.
 
+use super::disks;
 use crate::terminal::Stdio;
 use crate::{Failure, chardev};
 use base::props::{Bag, Properties, parse_keyval};
@@ -28,9 +29,13 @@ pub(crate) struct Args {
     /// How to enter the kernel (default: what the image offers)
     #[arg(long, value_name = "MODE", requires = "kernel", value_parser = ["32", "64", "pvh"])]
     entry: Option<String>,
-    /// Disk image: FILE[,format=raw][,read-only][,force-share]
+    /// Disk image: FILE[,bus=virtio|scsi|sata|ide|nvme|none][,format=raw][,read-only][,serial=][,...]; other properties are
+    /// the device's ("--device scsi-hd,help")
     #[arg(long, value_name = "FILE[,...]")]
     disk: Vec<String>,
+    /// CD-ROM drive with an ISO image: FILE[,bus=sata|ide|scsi][,...]
+    #[arg(long, value_name = "FILE[,...]")]
+    cdrom: Vec<String>,
     /// vCPUs: N[,sockets=,dies=,cores=,threads=]
     #[arg(long, short = 'c', value_name = "N[,...]", default_value = "1")]
     cpus: String,
@@ -139,14 +144,11 @@ impl Args {
                 )));
             }
         }
-        for (i, text) in self.disk.iter().enumerate() {
-            let id = format!("disk{i}");
-            let mut bag =
-                Bag { driver: "blockdev".into(), id: Some(id.clone()), props: parse_keyval(text, "file")? };
-            bag.spec::<BlockSpec>()?;
-            bag.props.retain(|_, v| !v.is_null());
-            blueprint.blockdevs.push(bag);
-            blueprint.devices.push(Bag::new("virtio-blk").with("drive", id));
+        for text in &self.disk {
+            disks::add(&mut blueprint, text, false)?;
+        }
+        for text in &self.cdrom {
+            disks::add(&mut blueprint, text, true)?;
         }
         for text in &self.device {
             blueprint.devices.push(Bag::parse(text, "driver")?);

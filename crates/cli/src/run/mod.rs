@@ -1,6 +1,7 @@
 //! `kvasir run`: a virtual machine in this terminal.
 
 mod args;
+mod disks;
 
 pub(crate) use args::Args;
 

@@ -13,9 +13,13 @@
 //! [`Buffer`], and decides what becomes of the host's errors. Controllers take commands on vCPU threads and have them
 //! carried out by [`Workers`].
 
+pub mod ahci;
+pub mod ata;
 mod buffer;
 mod drive;
+pub mod nvme;
 pub(crate) mod pieces;
+pub mod piix;
 pub mod scsi;
 mod workers;
 

@@ -12,6 +12,7 @@ mod tests;
 
 pub use bus::{LunAddress, ScsiBus, ScsiBusEvent, ScsiBusSaved};
 pub use mmc::media_read;
+pub(in crate::storage) use models::open_drive;
 pub use models::{CD, HD};
 pub use sense::{CHECK_CONDITION, Failure, GOOD, SENSE_LEN, Sense, TASK_ABORTED};
 
