@@ -216,11 +216,7 @@ impl Builder {
     }
 
     fn add_pci(&mut self, at: &PciPlace, place: &PlaceSpec, device: PciDevice) -> Result<()> {
-<<<<<<< HEAD
         let (function, object) = (device.function.clone(), device.device.clone());
-=======
-        let function = device.function.clone();
->>>>>>> 188277d (feat(storage): ATA drives, AHCI, PIIX IDE, NVMe; --cdrom, --disk bus=)
         at.bus
             .add_shared(at.slot, at.function, device.function, device.device)
             .map_err(|e| Error::Config(e.to_string()))?;
