@@ -11,7 +11,7 @@ use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(300);
 
-fn boot(test: &str, more: &[&str]) -> common::End {
+fn boot(test: &str, more: &[&str]) -> common::Finished {
     let (kernel, initrd) = (guest("vmlinux"), guest("initramfs.cpio"));
     let append = format!("console=ttyS0 quiet panic=-1 kvasir.test={test}");
     let mut args =
