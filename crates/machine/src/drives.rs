@@ -6,6 +6,7 @@ use base::nearest;
 use base::props::Bag;
 use block::{CacheMode, Image, OpenOptions};
 use devices::CreateError;
+use devices::storage::Drive;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -14,6 +15,8 @@ use std::sync::Arc;
 pub(crate) struct Drives {
     waiting: BTreeMap<String, Arc<Image>>,
     taken: Vec<String>,
+    nodes: BTreeMap<String, Arc<Image>>,
+    drives: Vec<Arc<Drive>>,
 }
 
 /// How a disk image is opened.
@@ -46,22 +49,66 @@ impl Drives {
     pub(crate) fn open(blockdevs: &[Bag]) -> Result<Self> {
         let mut drives = Self::default();
         for bag in blockdevs {
-            let id = bag.id.clone().ok_or_else(|| Error::Config(format!("{}: missing id", bag.driver)))?;
-            let spec: BlockSpec = bag.spec()?;
-            let name = spec.file.to_str().filter(|n| !n.is_empty()).ok_or_else(|| {
-                Error::Config(format!("disk '{}': file= must name an image, in UTF-8", spec.file.display()))
-            })?;
-            let options = open_options(name, &spec)?;
-            let image = Image::open(name, &options).map_err(|e| {
-                // Some messages keep the two lines that image tools print.
-                let text = e.to_string().lines().map(str::trim).collect::<Vec<_>>().join("; ");
-                Error::Config(format!("disk '{name}': {text}"))
-            })?;
-            if drives.waiting.insert(id.clone(), Arc::new(image)).is_some() {
-                return Err(Error::Config(format!("there are two disk images with the id '{id}'")));
-            }
+            drives.add(bag)?;
         }
         Ok(drives)
+    }
+
+    /// Opens (and locks) one more image.
+    pub(crate) fn add(&mut self, bag: &Bag) -> Result<()> {
+        let id = bag.id.clone().ok_or_else(|| Error::Config(format!("{}: missing id", bag.driver)))?;
+        if self.nodes.contains_key(&id) {
+            return Err(Error::Config(format!("there are two disk images with the id '{id}'")));
+        }
+        let spec: BlockSpec = bag.spec()?;
+        let name = spec.file.to_str().filter(|n| !n.is_empty()).ok_or_else(|| {
+            Error::Config(format!("disk '{}': file= must name an image, in UTF-8", spec.file.display()))
+        })?;
+        let options = open_options(name, &spec)?;
+        let image = Image::open(name, &options).map_err(|e| {
+            // Some messages keep the two lines that image tools print.
+            let text = e.to_string().lines().map(str::trim).collect::<Vec<_>>().join("; ");
+            Error::Config(format!("disk '{name}': {text}"))
+        })?;
+        let image = Arc::new(image);
+        self.nodes.insert(id.clone(), image.clone());
+        self.waiting.insert(id, image);
+        Ok(())
+    }
+
+    /// Closes an image that no device uses.
+    pub(crate) fn remove(&mut self, id: &str) -> Result<()> {
+        if !self.nodes.contains_key(id) {
+            return Err(Error::Config(format!("Failed to find node with node-name='{id}'")));
+        }
+        if self.waiting.remove(id).is_none() {
+            return Err(Error::Config(format!("Node '{id}' is busy: node is used as root of a device")));
+        }
+        self.nodes.remove(id);
+        Ok(())
+    }
+
+    /// All images by id.
+    pub(crate) fn nodes(&self) -> &BTreeMap<String, Arc<Image>> {
+        &self.nodes
+    }
+
+    /// Keeps a drive whose medium can be changed.
+    pub(crate) fn offer(&mut self, drive: &Arc<Drive>) {
+        self.drives.push(drive.clone());
+    }
+
+    /// Drives whose medium can be changed.
+    pub(crate) fn drives(&self) -> &[Arc<Drive>] {
+        &self.drives
+    }
+
+    /// A device has gone: its image may be taken again.
+    pub(crate) fn give_back(&mut self, id: &str) {
+        self.taken.retain(|t| t != id);
+        if let Some(image) = self.nodes.get(id) {
+            self.waiting.insert(id.into(), image.clone());
+        }
     }
 
     /// The image for a device.

@@ -52,6 +52,8 @@ pub struct Context {
     pub chardevs: Mutex<BTreeMap<String, CharEntry>>,
     /// Descriptors handed over.
     pub fds: Mutex<Fds>,
+    /// Block nodes as they were described.
+    pub block_graph: Mutex<machine::graph::Graph>,
     sessions: Mutex<Vec<Weak<Output>>>,
     subscription: OnceLock<Subscription>,
 }
@@ -64,6 +66,7 @@ impl Context {
             settings,
             chardevs: Mutex::default(),
             fds: Mutex::default(),
+            block_graph: Mutex::default(),
             sessions: Mutex::default(),
             subscription: OnceLock::new(),
         });

@@ -194,6 +194,7 @@ fn start_monitors(
             all.insert(id.clone(), CharEntry { chardev: o.chardev.clone(), used: true });
         }
     }
+    *context.block_graph.lock().unwrap_or_else(|e| e.into_inner()) = plan.graph.clone();
     let fail = |e: std::io::Error| Error::new(format!("cannot start a monitor: {e}"));
     for (id, mode) in &plan.monitors {
         let Some(o) = opened.get(id) else { continue };

@@ -1,7 +1,7 @@
 //! From what the options say to the blueprint.
 
-use crate::command::{Command, MonitorOption, Props, finish, take, take_switch, text};
-use crate::drives::{self, Nodes, Numbers};
+use crate::command::{Command, MonitorOption, finish, take, take_switch, text};
+use crate::drives::{self, Numbers};
 use crate::{Error, Result};
 use base::props::Bag;
 use machine::blueprint::{Blueprint, MemorySpec};
@@ -21,6 +21,8 @@ pub struct Plan {
     pub blueprint: Blueprint,
     /// Accelerators to try, in order.
     pub accels: Vec<Bag>,
+    /// Block nodes as they were described.
+    pub graph: machine::graph::Graph,
     /// Character devices to open, by id.
     pub chardevs: Vec<Bag>,
     /// Monitors: the character device's id, and how it talks.
@@ -81,11 +83,11 @@ pub(crate) fn plan(mut c: Command) -> Result<Plan> {
     smp(&mut plan, &mut c)?;
     rtc(&mut c)?;
     unsupported_yet(&c)?;
-    let mut nodes = Nodes::default();
     for bag in &c.blockdevs {
-        nodes.add(bag)?;
+        plan.graph.add(bag).map_err(|e| Error::new(format!("-blockdev: {e}")))?;
     }
-    plan.blueprint.blockdevs.extend(nodes.images()?);
+    let images = plan.graph.images().map_err(|e| Error::new(format!("-blockdev {e}")))?;
+    plan.blueprint.blockdevs.extend(images);
     let mut numbers = Numbers::default();
     for drive in std::mem::take(&mut c.drives) {
         drives::drive(&mut plan, &mut numbers, drive, c.snapshot)?;
@@ -473,9 +475,4 @@ fn globals(plan: &mut Plan, c: &Command) -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[allow(unused)]
-fn props(pairs: &[(&str, &str)]) -> Props {
-    pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).into())).collect()
 }

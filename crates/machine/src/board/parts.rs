@@ -78,12 +78,20 @@ impl Parts for Context<'_> {
         self.drives.take(id)
     }
 
+    fn offer_drive(&mut self, drive: &Arc<devices::storage::Drive>) {
+        self.drives.offer(drive);
+    }
+
     fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn Chardev>, CreateError> {
         take_chardev(self.chardevs, id)
     }
 }
 
 pub(super) fn take_chardev(chardevs: &mut Chardevs, id: &str) -> Result<Arc<dyn Chardev>, CreateError> {
+    // A multiplexer has room for several.
+    if let Some(share) = chardevs.get(id).and_then(|c| c.share()) {
+        return Ok(share);
+    }
     chardevs.remove(id).ok_or_else(|| {
         let near = nearest(id, chardevs.keys().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
         CreateError::Other(format!(

@@ -9,10 +9,12 @@ mod framing;
 mod schema;
 pub(crate) mod session;
 
+mod block;
 mod chardev;
 mod control;
 mod cpu;
 mod device;
+mod display;
 mod fds;
 mod info;
 mod introspect;
@@ -167,6 +169,8 @@ use command;
 /// All groups of commands.
 const GROUPS: &[&[Command]] = &[
     control::COMMANDS,
+    block::COMMANDS,
+    display::COMMANDS,
     info::COMMANDS,
     introspect::COMMANDS,
     cpu::COMMANDS,
