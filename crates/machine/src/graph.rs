@@ -22,11 +22,10 @@ impl Graph {
     /// No name, or one that is taken.
     pub fn add(&mut self, bag: &Bag) -> Result<()> {
         let name = bag.props.get("node-name").map(text);
-        let name =
-            name.ok_or_else(|| String::from("'node-name' must be specified for the root node"))?;
+        let name = name.ok_or_else(|| String::from("'node-name' must be specified for the root node"))?;
         base::props::check_id(&name).map_err(|e| e.to_string())?;
         if self.0.insert(name.clone(), bag.clone()).is_some() {
-            return Err((format!("Duplicate nodes with node-name='{name}'")));
+            return Err(format!("Duplicate nodes with node-name='{name}'"));
         }
         Ok(())
     }
@@ -45,8 +44,7 @@ impl Graph {
             .map(String::from)
             .collect();
         let top = self.0.iter().filter(|(name, _)| !used.contains(name));
-        top.map(|(name, bag)| self.image(name, bag).map_err(|e| (format!("{name}: {e}"))))
-            .collect()
+        top.map(|(name, bag)| self.image(name, bag).map_err(|e| format!("{name}: {e}"))).collect()
     }
 
     /// One image, from its format node and the storage node below it.
@@ -109,7 +107,7 @@ impl Graph {
                 .0
                 .get(&name)
                 .cloned()
-                .ok_or_else(|| (format!("Cannot find device='' nor node-name='{name}'"))),
+                .ok_or_else(|| format!("Cannot find device='' nor node-name='{name}'")),
             Some(Value::Object(mut inner)) => {
                 let driver = take(&mut inner, "driver").unwrap_or_else(|| "file".into());
                 Ok(Bag { driver, id: None, props: inner })
@@ -155,9 +153,7 @@ fn location(storage: &Bag) -> Result<String> {
             }
         }
         "null-co" | "null-aio" => Ok(format!("{}://", storage.driver)),
-        other => Err((format!(
-            "driver '{other}' is not supported for storage: use file, host_device or nbd"
-        ))),
+        other => Err(format!("driver '{other}' is not supported for storage: use file, host_device or nbd")),
     }
 }
 
@@ -188,7 +184,9 @@ impl Graph {
 
     /// The node that is built on `name`.
     pub fn user_of(&self, name: &str) -> Option<&str> {
-        let uses = |b: &Bag| ["file", "backing"].iter().any(|k| b.props.get(*k).and_then(Value::as_str) == Some(name));
+        let uses = |b: &Bag| {
+            ["file", "backing"].iter().any(|k| b.props.get(*k).and_then(Value::as_str) == Some(name))
+        };
         self.0.iter().find(|(_, b)| uses(b)).map(|(n, _)| n.as_str())
     }
 }

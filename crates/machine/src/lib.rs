@@ -26,8 +26,8 @@ mod vcpu;
 pub use acceleration::{Acceleration, choose, kvm_usable};
 pub use blueprint::Blueprint;
 pub use board::BOARDS;
-pub use nodes::BlockNode;
 pub use control::{Cause, Notice, Remote, RunState};
+pub use nodes::BlockNode;
 pub use run::{Chardevs, Machine, Outcome};
 
 /// Why a machine cannot be built or cannot go on.

@@ -59,7 +59,9 @@ impl Machine {
     pub fn drive(&self, id: &str) -> Result<Arc<Drive>> {
         let drives = self.built().drives.drives();
         let found = drives.iter().find(|d| d.name() == id || d.spec().drive == id);
-        found.cloned().ok_or_else(|| Error::Config(format!("Device '{id}' is not a drive with a removable medium")))
+        found
+            .cloned()
+            .ok_or_else(|| Error::Config(format!("Device '{id}' is not a drive with a removable medium")))
     }
 
     /// All drives that devices have told of.

@@ -1,9 +1,9 @@
 //! Measurements whose results stand in `docs/performance.md`.
 
 mod boot;
-mod softcpu;
 mod image;
 mod resources;
+mod softcpu;
 
 use std::process::ExitCode;
 

@@ -51,7 +51,9 @@ pub(super) fn add(blueprint: &mut Blueprint, text: &str, cdrom: bool) -> Result<
     };
     let model = if cdrom { cd } else { disk };
     if cdrom && model.is_none() {
-        return Err(Failure::usage(format!("{option} {text}: a CD-ROM drive goes on scsi, sata or ide, not on {bus}")));
+        return Err(Failure::usage(format!(
+            "{option} {text}: a CD-ROM drive goes on scsi, sata or ide, not on {bus}"
+        )));
     }
     let known = Properties::of::<BlockSpec>();
     let mut image = Bag { driver: "blockdev".into(), id: Some(id.clone()), ..Bag::default() };
@@ -73,7 +75,9 @@ pub(super) fn add(blueprint: &mut Blueprint, text: &str, cdrom: bool) -> Result<
     let Some(_) = model else {
         let of_image = |key: &String| SHARED.iter().any(|s| same(s, key));
         return match device.props.keys().find(|k| !of_image(k)) {
-            Some(key) => Err(Failure::usage(format!("{option} {text}: {key}= is of a device, but with bus=none there is none"))),
+            Some(key) => Err(Failure::usage(format!(
+                "{option} {text}: {key}= is of a device, but with bus=none there is none"
+            ))),
             None => Ok(()),
         };
     };
@@ -115,7 +119,10 @@ mod tests {
     #[test]
     fn properties_find_their_owner() {
         let b = plan("q35", "a.img,bus=scsi,serial=X1,format=raw,werror=stop,discard=off", false).unwrap();
-        assert_eq!(b.devices.iter().map(|d| d.driver.as_str()).collect::<Vec<_>>(), ["virtio-scsi", "scsi-hd"]);
+        assert_eq!(
+            b.devices.iter().map(|d| d.driver.as_str()).collect::<Vec<_>>(),
+            ["virtio-scsi", "scsi-hd"]
+        );
         let disk = &b.devices[1].props;
         assert_eq!((disk["serial"].as_str(), disk["bus"].as_str()), (Some("X1"), Some("scsi.0")));
         assert!(!disk.contains_key("format") && disk.contains_key("discard"));

@@ -237,7 +237,10 @@ struct Del {
 fn del(c: &Context, a: Del) -> Result<Empty> {
     let mut graph = crate::context::lock(&c.block_graph);
     if let Some(user) = graph.user_of(&a.node_name) {
-        return Err(Error::generic(format!("Node '{}' is busy: node is used as 'file' of '{user}'", a.node_name)));
+        return Err(Error::generic(format!(
+            "Node '{}' is busy: node is used as 'file' of '{user}'",
+            a.node_name
+        )));
     }
     let storage = graph.remove(&a.node_name);
     if storage == Some(true) {
@@ -274,7 +277,9 @@ fn tray(c: &Context, a: Which, open: bool) -> Result<Empty> {
     let moved = c.machine(move |m| {
         let drive = m.drive(&name)?;
         if open && drive.tray_locked() && !force {
-            return Err(machine::Error::Config(format!("Device '{name}' is locked and force was not specified")));
+            return Err(machine::Error::Config(format!(
+                "Device '{name}' is locked and force was not specified"
+            )));
         }
         Ok(drive.move_tray(open))
     })??;
@@ -372,8 +377,11 @@ fn resize(c: &Context, a: Resize) -> Result<Empty> {
     c.machine(move |m| {
         let nodes = m.block_nodes();
         let node = nodes.iter().find(|n| n.name == name);
-        let node = node.ok_or_else(|| Error::generic(format!("Cannot find device='' nor node-name='{name}'")))?;
-        node.image.resize(a.size, block::Preallocation::Off).map_err(|e| Error::generic(e.to_string()))?;
+        let node =
+            node.ok_or_else(|| Error::generic(format!("Cannot find device='' nor node-name='{name}'")))?;
+        node.image
+            .resize(a.size, block::formats::Preallocation::Off)
+            .map_err(|e| Error::generic(e.to_string()))?;
         for drive in m.drives() {
             if drive.medium().is_some_and(|i| std::sync::Arc::ptr_eq(&i, &node.image)) {
                 drive.resized();

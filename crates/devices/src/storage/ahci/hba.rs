@@ -136,7 +136,8 @@ impl Hba {
     /// Register contents for partial writes: of registers whose bits are cleared by ones, nothing.
     pub(super) fn stored(&self, register: u32) -> u32 {
         let offset = register.wrapping_sub(PORT_BASE) % PORT_SIZE;
-        let by_ones = register == reg::IS || register >= PORT_BASE && [0x10, 0x30, 0x34, 0x38].contains(&offset);
+        let by_ones =
+            register == reg::IS || register >= PORT_BASE && [0x10, 0x30, 0x34, 0x38].contains(&offset);
         if by_ones { 0 } else { self.read(register) }
     }
 

@@ -175,7 +175,8 @@ impl Port {
             reg::CMD => {
                 let running = s.cmd & cmd::ST != 0 || self.running > 0;
                 let receiving = s.cmd & cmd::FRE != 0;
-                s.cmd | s.slot << 8
+                s.cmd
+                    | s.slot << 8
                     | if running { cmd::CR } else { 0 }
                     | if receiving { cmd::FR } else { 0 }
                     | cmd::SUD
@@ -273,7 +274,8 @@ impl Hba {
         if value & cmd::CLO != 0 {
             p.s.tfd &= !u32::from(status::BSY | status::DRQ);
         }
-        if p.s.cmd & cmd::FRE != 0 && p.s.signature_due
+        if p.s.cmd & cmd::FRE != 0
+            && p.s.signature_due
             && let Some(drive) = &drive
         {
             p.send_signature(&self.memory, drive);
@@ -344,7 +346,14 @@ impl Hba {
         let mut table = [0; 0x50];
         let read = self.memory.read(header_at, &mut header).and_then(|()| {
             let at = u64::from_le_bytes([
-                header[8] & 0x80, header[9], header[10], header[11], header[12], header[13], header[14], header[15],
+                header[8] & 0x80,
+                header[9],
+                header[10],
+                header[11],
+                header[12],
+                header[13],
+                header[14],
+                header[15],
             ]);
             self.memory.read(at, &mut table).map(|()| at)
         });
@@ -436,7 +445,14 @@ impl Hba {
     }
 
     /// A frame that changes the control register: software reset (Serial ATA 3.2, 11.4).
-    fn control(self: &Arc<Self>, state: &mut HbaState, port: usize, slot: u32, drive: &AtaDrive, control: u8) {
+    fn control(
+        self: &Arc<Self>,
+        state: &mut HbaState,
+        port: usize,
+        slot: u32,
+        drive: &AtaDrive,
+        control: u8,
+    ) {
         let p = &mut state.ports[port];
         p.s.ci &= !(1 << slot);
         let asserted = control & 4 != 0;
@@ -483,7 +499,14 @@ impl Hba {
     }
 
     /// Tells the driver how a command ended.
-    fn complete(self: &Arc<Self>, state: &mut HbaState, port: usize, command: &Command, reply: Reply, done: u64) {
+    fn complete(
+        self: &Arc<Self>,
+        state: &mut HbaState,
+        port: usize,
+        command: &Command,
+        reply: Reply,
+        done: u64,
+    ) {
         let p = &mut state.ports[port];
         p.running -= 1;
         if p.generation != command.generation {
@@ -513,7 +536,8 @@ impl Hba {
                 p.receive(&self.memory, fis::PIO_SETUP_AT, &frame);
                 p.s.is |= is::PIO_SETUP;
             }
-            let input = pio && !command.write && matches!(command.action, Action::Give(..) | Action::Read(..));
+            let input =
+                pio && !command.write && matches!(command.action, Action::Give(..) | Action::Read(..));
             if !input || reply.is_error() {
                 p.receive(&self.memory, fis::D2H_AT, &fis::d2h(&command.task, &reply, true));
                 p.s.is |= is::D2H;

@@ -194,7 +194,19 @@ fn queued_commands_run_side_by_side() {
             b.memory.write(at, &[tag as u8 ^ round as u8; 512]).unwrap();
             let lba = u64::from(tag);
             let (command, count) = (0x61, (tag as u16) << 3);
-            b.fill(0, tag, &Slot { command, features: 1, count, lba, write: true, data: vec![(at, 512)], ..Slot::default() });
+            b.fill(
+                0,
+                tag,
+                &Slot {
+                    command,
+                    features: 1,
+                    count,
+                    lba,
+                    write: true,
+                    data: vec![(at, 512)],
+                    ..Slot::default()
+                },
+            );
         }
         b.set(0, 0x34, u32::MAX);
         b.set(0, 0x38, u32::MAX);
@@ -206,7 +218,14 @@ fn queued_commands_run_side_by_side() {
         }
     }
     // One that fails: its bit stays, and the log tells.
-    let bad = Slot { command: 0x60, features: 1, count: 7 << 3, lba: 1 << 30, data: vec![(DATA, 512)], ..Slot::default() };
+    let bad = Slot {
+        command: 0x60,
+        features: 1,
+        count: 7 << 3,
+        lba: 1 << 30,
+        data: vec![(DATA, 512)],
+        ..Slot::default()
+    };
     b.fill(0, 7, &bad);
     b.set(0, 0x10, u32::MAX);
     b.set(0, 0x34, 1 << 7);
@@ -228,7 +247,13 @@ fn packets() {
     assert_eq!((bits & 1 << 30 != 0, task >> 12), (true, 6), "unit attention");
     b.restart(1);
     (packet[0], packet[8]) = (0x28, 2);
-    let read = Slot { command: 0xa0, features: 1, packet: Some(packet), data: vec![(DATA, 4096)], ..Slot::default() };
+    let read = Slot {
+        command: 0xa0,
+        features: 1,
+        packet: Some(packet),
+        data: vec![(DATA, 4096)],
+        ..Slot::default()
+    };
     assert_eq!(b.run(1, &read), (1, 0x50));
     assert_eq!(b.bytes(LIST + 0x4_0000 + 3 * 32 + 4, 4), 4096u32.to_le_bytes());
 }

@@ -68,7 +68,8 @@ impl IdeBus {
     /// Other drives than are here.
     pub fn load(&self, saved: Vec<Option<AtaSaved>>) -> Result<(), StateError> {
         let drives = self.lock().clone();
-        let same = drives.len() == saved.len() && drives.iter().zip(&saved).all(|(a, b)| a.is_some() == b.is_some());
+        let same =
+            drives.len() == saved.len() && drives.iter().zip(&saved).all(|(a, b)| a.is_some() == b.is_some());
         if !same {
             let reason = "the drives on the cable are others than were saved".into();
             return Err(StateError::Invalid { kind: "ata".into(), reason });

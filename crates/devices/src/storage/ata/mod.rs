@@ -487,7 +487,11 @@ impl AtaDrive {
         let durable = t.device & 0x80 != 0;
         let write = t.command == command::WRITE_FPDMA;
         let action = self.on_extent(&as_ext, true, |e| {
-            if write { Action::Write(Protocol::Queued(tag), e, durable) } else { Action::Read(Protocol::Queued(tag), e) }
+            if write {
+                Action::Write(Protocol::Queued(tag), e, durable)
+            } else {
+                Action::Read(Protocol::Queued(tag), e)
+            }
         });
         if let Action::Done(reply) = &action {
             self.note_queued_error(tag, reply.error, t.lba);

@@ -3,8 +3,8 @@
 use super::{AtaDrive, AtaIdentity};
 use crate::model::{CreateError, Kind, Model, Parts};
 use crate::place::ChildBus;
-use crate::storage::scsi::{Lun, LunIdentity, LunKind, open_drive};
 use crate::storage::DriveSpec;
+use crate::storage::scsi::{Lun, LunIdentity, LunKind, open_drive};
 use base::props::{Bag, Properties};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -52,7 +52,10 @@ fn create(bag: &Bag, parts: &mut dyn Parts, bus: &ChildBus, cdrom: bool) -> Resu
     let bad = |text: String| Err(CreateError::Other(format!("{}: {text}", bag.driver)));
     spec.drive.check(&bag.driver, SERIAL)?;
     if !cdrom && spec.drive.block_size() != 512 {
-        return bad(format!("logical_block_size={} is not possible: ATA disks have 512", spec.drive.block_size()));
+        return bad(format!(
+            "logical_block_size={} is not possible: ATA disks have 512",
+            spec.drive.block_size()
+        ));
     }
     for (name, value, most) in [("model", &spec.model, 40), ("ver", &spec.ver, 8)] {
         if value.as_ref().is_some_and(|v| v.len() > most || !v.is_ascii()) {

@@ -53,7 +53,8 @@ fn words(data: &[u8]) -> Vec<u16> {
 #[test]
 fn identify_names_and_sizes() {
     let (_file, d) = disk(200 << 30);
-    let Action::Give(Protocol::Pio(1), data) = d.begin(&Taskfile { command: 0xec, ..Taskfile::default() }) else {
+    let Action::Give(Protocol::Pio(1), data) = d.begin(&Taskfile { command: 0xec, ..Taskfile::default() })
+    else {
         panic!("no data");
     };
     assert_eq!(data.iter().fold(0u8, |a, b| a.wrapping_add(*b)), 0, "checksum");

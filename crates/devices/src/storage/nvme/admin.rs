@@ -179,7 +179,8 @@ impl Controller {
             0x05 => identify::effects(),
             _ => return Err(Status::INVALID_LOG),
         };
-        let mut data = data.get(usize::try_from(offset).unwrap_or(usize::MAX)..).ok_or(Status::INVALID_FIELD)?.to_vec();
+        let mut data =
+            data.get(usize::try_from(offset).unwrap_or(usize::MAX)..).ok_or(Status::INVALID_FIELD)?.to_vec();
         data.resize(len as usize, 0); // bounded above
         self.give(state, c, &data)?;
         if log == CHANGED_LIST && !retain {
@@ -225,7 +226,11 @@ impl Controller {
                 Ok(u32::from(self.pairs - 1) | u32::from(self.pairs - 1) << 16)
             }
             feature::POWER if value & 0x1f != 0 => Err(Status::INVALID_FIELD),
-            feature::ATOMICITY | feature::ARBITRATION | feature::POWER | feature::TEMPERATURE | feature::RECOVERY
+            feature::ATOMICITY
+            | feature::ARBITRATION
+            | feature::POWER
+            | feature::TEMPERATURE
+            | feature::RECOVERY
             | feature::EVENTS => {
                 let mut state = self.lock_current(generation).ok_or(Status::ABORTED)?;
                 let key = Self::feature_key(id, value);
@@ -250,7 +255,11 @@ impl Controller {
             feature::ARBITRATION => 6,
             feature::TEMPERATURE if c.dw(11) >> 20 & 3 == 1 => 0,
             feature::TEMPERATURE => 343,
-            feature::POWER | feature::RECOVERY | feature::COALESCING | feature::ATOMICITY | feature::EVENTS => 0,
+            feature::POWER
+            | feature::RECOVERY
+            | feature::COALESCING
+            | feature::ATOMICITY
+            | feature::EVENTS => 0,
             feature::VECTOR => {
                 let vector = c.dw(11) & 0xffff;
                 if vector >= self.vectors.count().into() {

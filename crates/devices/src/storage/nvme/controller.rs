@@ -285,7 +285,8 @@ impl Controller {
         let had_waiting = !cq.waiting.is_empty();
         if had_waiting {
             self.flush_completions(&mut state, queue);
-            let stuck: Vec<u16> = state.s.sqs.iter().filter(|(_, sq)| sq.cq == queue).map(|(n, _)| *n).collect();
+            let stuck: Vec<u16> =
+                state.s.sqs.iter().filter(|(_, sq)| sq.cq == queue).map(|(n, _)| *n).collect();
             for sq in stuck {
                 self.serve_soon(&mut state, sq);
             }
@@ -316,7 +317,14 @@ impl Controller {
     }
 
     /// Gives the driver a completion.
-    pub(super) fn complete(&self, state: &mut ControllerState, sq: u16, id: u16, status: Status, result: u32) {
+    pub(super) fn complete(
+        &self,
+        state: &mut ControllerState,
+        sq: u16,
+        id: u16,
+        status: Status,
+        result: u32,
+    ) {
         let Some((head, queue)) = state.s.sqs.get(&sq).map(|q| (q.head, q.cq)) else { return };
         if let Some(cq) = state.s.cqs.get_mut(&queue) {
             cq.waiting.push_back(Completion::new(sq, head, id, result, status));

@@ -132,7 +132,14 @@ pub(super) fn smart(c: &Counters, read_only: bool) -> Vec<u8> {
     d[1..3].copy_from_slice(&323u16.to_le_bytes());
     (d[3], d[4]) = (100, 10); // spare, threshold
     let units = |bytes: u64| bytes.div_ceil(512_000);
-    let fields = [(32, units(c.read_bytes)), (48, units(c.written_bytes)), (64, c.reads), (80, c.writes), (112, 1), (160, c.media_errors)];
+    let fields = [
+        (32, units(c.read_bytes)),
+        (48, units(c.written_bytes)),
+        (64, c.reads),
+        (80, c.writes),
+        (112, 1),
+        (160, c.media_errors),
+    ];
     for (at, value) in fields {
         d[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
@@ -154,7 +161,9 @@ pub(super) fn effects() -> Vec<u8> {
     for admin in [0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x0c] {
         set(admin, 1);
     }
-    for (io, changes) in [(0x00, true), (0x01, true), (0x02, false), (0x05, false), (0x08, true), (0x09, true), (0x0c, false)] {
+    for (io, changes) in
+        [(0x00, true), (0x01, true), (0x02, false), (0x05, false), (0x08, true), (0x09, true), (0x0c, false)]
+    {
         set(256 + io, if changes { 3 } else { 1 });
     }
     d

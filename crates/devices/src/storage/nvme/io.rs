@@ -94,9 +94,14 @@ impl Controller {
         if let Some(mut state) = self.lock_current(generation) {
             let n = &mut state.s.counters;
             match result {
-                Ok(()) if write => (n.writes, n.written_bytes) = (n.writes.wrapping_add(1), n.written_bytes.wrapping_add(len)),
+                Ok(()) if write => {
+                    (n.writes, n.written_bytes) =
+                        (n.writes.wrapping_add(1), n.written_bytes.wrapping_add(len))
+                }
                 Ok(()) => (n.reads, n.read_bytes) = (n.reads.wrapping_add(1), n.read_bytes.wrapping_add(len)),
-                Err(Status::READ_ERROR | Status::WRITE_FAULT) => n.media_errors = n.media_errors.wrapping_add(1),
+                Err(Status::READ_ERROR | Status::WRITE_FAULT) => {
+                    n.media_errors = n.media_errors.wrapping_add(1)
+                }
                 Err(_) => {}
             }
         }

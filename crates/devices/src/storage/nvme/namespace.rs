@@ -63,7 +63,12 @@ fn create(bag: &Bag, parts: &mut dyn Parts, bus: &ChildBus) -> Result<(), Create
 }
 
 /// Opens the drive of `spec` and plugs it in.
-pub(super) fn plug(bag: &Bag, spec: &Spec, parts: &mut dyn Parts, bus: &Arc<NvmeBus>) -> Result<(), CreateError> {
+pub(super) fn plug(
+    bag: &Bag,
+    spec: &Spec,
+    parts: &mut dyn Parts,
+    bus: &Arc<NvmeBus>,
+) -> Result<(), CreateError> {
     let bad = |text: String| Err(CreateError::Other(format!("{}: {text}", bag.driver)));
     spec.drive.check(&bag.driver, 20)?;
     let Some(nsid) = spec.nsid.or_else(|| bus.free()) else {

@@ -4,9 +4,9 @@
 //! References are to ATA/ATAPI-6 (registers, protocols) and the Programming Interface for Bus Master IDE Controller 1.0.
 
 mod channel;
-mod transfer;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use super::Workers;
 use super::ata::{AtaSaved, IdeBus};

@@ -225,10 +225,14 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let region = || prop::sample::select(vec![4u32, 8, 9, 10, 11]);
     let data = prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 1..3);
-    let code = || prop_oneof![
-        any::<u8>(),
-        prop::sample::select(vec![0x20u8, 0x30, 0xc4, 0xc5, 0xc8, 0xca, 0xec, 0xa0, 0xa1, 0xe7, 0x08, 0x90, 0x24, 0x25])
-    ];
+    let code = || {
+        prop_oneof![
+            any::<u8>(),
+            prop::sample::select(vec![
+                0x20u8, 0x30, 0xc4, 0xc5, 0xc8, 0xca, 0xec, 0xa0, 0xa1, 0xe7, 0x08, 0x90, 0x24, 0x25
+            ])
+        ]
+    };
     prop_oneof![
         4 => (region(), 0u64..6, data).prop_map(|(r, o, d)| Step::Write(r, o, d)),
         2 => (region(), 0u64..7, 1usize..3).prop_map(|(r, o, n)| Step::Read(r, o, n)),

@@ -103,7 +103,9 @@ impl Channel {
                 state.s.buffer = data;
                 self.give(state, Give { block: SECTOR as usize, packet: false, next: Next::End(Reply::OK) });
             }
-            Action::Read(Protocol::Pio(block), extent) => self.submit(state, Work::ReadSectors(block, extent)),
+            Action::Read(Protocol::Pio(block), extent) => {
+                self.submit(state, Work::ReadSectors(block, extent))
+            }
             Action::Write(Protocol::Pio(block), extent, durable) => {
                 self.take_sectors(state, block, extent, durable, false);
             }
@@ -333,7 +335,13 @@ impl Channel {
     }
 
     /// The bus master: reads its table, and lets `f` fill or take the memory. `takes`: data goes to the drive.
-    fn by_dma(&self, table: u32, wanted: u64, takes: bool, f: impl FnOnce(&mut Buffer<'_>) -> (Reply, u64)) -> Done {
+    fn by_dma(
+        &self,
+        table: u32,
+        wanted: u64,
+        takes: bool,
+        f: impl FnOnce(&mut Buffer<'_>) -> (Reply, u64),
+    ) -> Done {
         let mut data = Sg::new();
         let mut total = 0;
         let mut at = u64::from(table);
@@ -371,7 +379,11 @@ impl Channel {
         let s = &mut state.s;
         let Done { reply, buffer, exact, dma } = done;
         if dma {
-            Self::dma_done(s, exact, reply.is_error() && reply.error & error::ABRT != 0 && reply.count.is_none());
+            Self::dma_done(
+                s,
+                exact,
+                reply.is_error() && reply.error & error::ABRT != 0 && reply.count.is_none(),
+            );
         }
         s.buffer.clear();
         (s.at, s.block_end) = (0, 0);
