@@ -134,6 +134,18 @@ fn split_commas(text: &str) -> Vec<String> {
 /// # Errors
 /// An empty key, or one given twice.
 pub fn parse_keyval(text: &str, implied: &str) -> Result<Map<String, Value>, PropError> {
+    parse_keyval_repeating(text, implied, &[])
+}
+
+/// [`parse_keyval`] where some keys may be given several times; their values become lists.
+///
+/// # Errors
+/// An empty key, or another one given twice.
+pub fn parse_keyval_repeating(
+    text: &str,
+    implied: &str,
+    repeatable: &[&str],
+) -> Result<Map<String, Value>, PropError> {
     let mut map = Map::new();
     for (i, part) in split_commas(text).into_iter().enumerate() {
         let (key, value) = match part.split_once('=') {
@@ -143,6 +155,13 @@ pub fn parse_keyval(text: &str, implied: &str) -> Result<Map<String, Value>, Pro
         };
         if key.is_empty() {
             return Err(PropError(format!("'{text}': expected key=value between commas")));
+        }
+        if repeatable.contains(&key.as_str()) {
+            let list = map.entry(key).or_insert_with(|| Value::Array(Vec::new()));
+            if let Value::Array(list) = list {
+                list.push(Value::String(value));
+            }
+            continue;
         }
         if map.insert(key.clone(), Value::String(value)).is_some() {
             return Err(PropError(format!("'{text}': '{key}' is given twice")));

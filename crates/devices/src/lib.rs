@@ -7,5 +7,7 @@ mod place;
 pub mod storage;
 pub mod virtio;
 
-pub use model::{CreateChild, CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models};
+pub use model::{
+    Cable, CreateChild, CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models,
+};
 pub use place::{ChildBus, PciDevice, PciPlace, PlaceSpec};

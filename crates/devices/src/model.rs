@@ -64,6 +64,20 @@ pub trait Parts {
     /// # Errors
     /// No such character device, or it is in use.
     fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn Chardev>, CreateError>;
+    /// The network backend named by `netdev=`; each can be taken once.
+    ///
+    /// # Errors
+    /// No such backend, or it is in use by another device.
+    fn take_netdev(&mut self, id: &str) -> Result<Cable, CreateError>;
+}
+
+/// A network backend for one card, and the address of that card if its properties name none.
+#[derive(Debug)]
+pub struct Cable {
+    /// The backend.
+    pub netdev: net::Netdev,
+    /// The address.
+    pub mac: net::MacAddr,
 }
 
 /// A device that cannot be created: what, why, what to do instead.
@@ -169,6 +183,7 @@ pub fn models() -> &'static [&'static Model] {
         &display::vga::MODEL,
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
+        &virtio::net::MODEL,
         &virtio::rng::MODEL,
         &virtio::scsi::MODEL,
     ]

@@ -29,6 +29,8 @@ pub struct Blueprint {
     pub objects: Vec<Bag>,
     /// Disk images, by id.
     pub blockdevs: Vec<Bag>,
+    /// Network backends, by id.
+    pub netdevs: Vec<Bag>,
     /// Devices, in the order in which they are plugged.
     pub devices: Vec<Bag>,
     /// Character device (by id) that each serial port is connected to.
@@ -50,6 +52,7 @@ impl Default for Blueprint {
             kernel: None,
             objects: Vec::new(),
             blockdevs: Vec::new(),
+            netdevs: Vec::new(),
             devices: Vec::new(),
             serials: Vec::new(),
             actions: Actions::default(),

@@ -16,6 +16,7 @@ mod hotplug;
 pub mod inspect;
 pub mod inspect_pci;
 pub mod kernel;
+mod netdevs;
 mod nodes;
 pub mod objects;
 mod run;
@@ -27,6 +28,7 @@ pub use acceleration::{Acceleration, choose, kvm_usable};
 pub use blueprint::Blueprint;
 pub use board::BOARDS;
 pub use control::{Cause, Notice, Remote, RunState};
+pub use netdevs::NetdevInfo;
 pub use nodes::BlockNode;
 pub use run::{Chardevs, Machine, Outcome};
 
@@ -51,6 +53,9 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Device(#[from] devices::CreateError),
+    /// A network backend.
+    #[error(transparent)]
+    Net(#[from] net::Error),
     /// Two things at the same place.
     #[error(transparent)]
     Map(#[from] bus::MapError),
@@ -67,7 +72,12 @@ pub enum Error {
 impl Error {
     /// Whether the user's input is at fault (exit status 2) rather than the host or the guest.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Error::Host { .. } | Error::Accel(accel::Error::Host { .. }))
+        !matches!(
+            self,
+            Error::Host { .. }
+                | Error::Net(net::Error::Host { .. })
+                | Error::Accel(accel::Error::Host { .. })
+        )
     }
 }
 

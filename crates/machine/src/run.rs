@@ -7,7 +7,7 @@ use crate::control::{
     ShutdownAction,
 };
 use crate::vcpu::VcpuThread;
-use crate::{Acceleration, Error, Result, kernel};
+use crate::{Acceleration, Error, NetdevInfo, Result, kernel};
 use accel::{CpuState, Exit, SystemEvent};
 use bus::{Chardev, SystemRequest};
 use std::collections::{HashMap, VecDeque};
@@ -319,6 +319,11 @@ impl Machine {
     pub fn end(&mut self, cause: Cause) {
         self.shared.tell(&Notice::Shutdown(cause));
         self.ending = Some(Outcome::Quit);
+    }
+
+    /// The network backends.
+    pub fn netdevs(&self) -> &[NetdevInfo] {
+        self.built.netdevs.infos()
     }
 
     /// Accelerator counters, for `--stats`.

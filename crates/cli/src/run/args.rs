@@ -1,6 +1,7 @@
 //! Arguments of `kvasir run`, and the blueprint they describe.
 
 use super::disks;
+use super::net;
 use crate::terminal::Stdio;
 use crate::{Failure, chardev};
 use base::props::{Bag, Properties, parse_keyval};
@@ -54,6 +55,13 @@ pub(crate) struct Args {
     /// Add a character device: null or file, as KIND,id=ID[,path=FILE]
     #[arg(long, value_name = "KIND,id=ID")]
     chardev: Vec<String>,
+    /// Add a network card: user (the default), none, or another backend, as KIND[,model=virtio-net][,mac=ADDRESS][,...];
+    /// "help" lists the kinds, "KIND,help" shows the properties
+    #[arg(long, value_name = "KIND[,...]")]
+    net: Vec<String>,
+    /// Add a network backend for a device: KIND,id=ID[,property=value...]
+    #[arg(long, value_name = "KIND,id=ID[,...]")]
+    netdev: Vec<String>,
     /// Connect the serial port: stdio, none, file:PATH or chardev:ID
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: String,
@@ -73,6 +81,9 @@ const STDIO: &str = "stdio";
 impl Args {
     /// Help that was asked for instead of a run.
     pub(super) fn help_wanted(&self) -> Result<Option<String>, Failure> {
+        if let Some(text) = net::help(self.net.iter().chain(&self.netdev))? {
+            return Ok(Some(text));
+        }
         for text in &self.device {
             if text == "help" || text == "?" {
                 return Ok(Some(device_list()));
@@ -150,6 +161,7 @@ impl Args {
         for text in &self.cdrom {
             disks::add(&mut blueprint, text, true)?;
         }
+        net::add(&self.net, &self.netdev, &mut blueprint)?;
         for text in &self.device {
             blueprint.devices.push(Bag::parse(text, "driver")?);
         }

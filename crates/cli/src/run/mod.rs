@@ -2,6 +2,7 @@
 
 mod args;
 mod disks;
+mod net;
 
 pub(crate) use args::Args;
 

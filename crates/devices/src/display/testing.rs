@@ -87,4 +87,8 @@ impl Parts for Studio {
     fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn Chardev>, CreateError> {
         Err(CreateError::Other(format!("no chardev {id}")))
     }
+
+    fn take_netdev(&mut self, id: &str) -> Result<crate::Cable, CreateError> {
+        Err(CreateError::Other(format!("there is no netdev '{id}'")))
+    }
 }

@@ -6,6 +6,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod net;
 pub mod rng;
 pub mod scsi;
 #[cfg(test)]

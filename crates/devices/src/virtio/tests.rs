@@ -32,6 +32,7 @@ impl Workshop {
         let bag = match name {
             "virtio-blk" => Bag::new(name).with("drive", "d0").with("num-queues", 2),
             "virtio-console" => Bag::new(name).with("chardev", "c0"),
+            "virtio-net" => Bag::new(name).with("netdev", "n0"),
             _ => Bag::new(name),
         };
         let model = models().iter().find(|m| m.name == name).unwrap();
@@ -61,6 +62,11 @@ impl Parts for Workshop {
     }
     fn take_chardev(&mut self, _: &str) -> Result<Arc<dyn Chardev>, CreateError> {
         Ok(Arc::new(NullChardev))
+    }
+    fn take_netdev(&mut self, _: &str) -> Result<crate::Cable, CreateError> {
+        let spec = net::user::Spec { restrict: true, ..Default::default() };
+        let (netdev, _) = net::user::open("n0", &spec).map_err(|e| CreateError::Other(e.to_string()))?;
+        Ok(crate::Cable { netdev, mac: net::MacAddr::default_for(0) })
     }
 }
 

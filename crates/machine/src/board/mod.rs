@@ -11,6 +11,7 @@ use crate::acpi::AcpiConfig;
 use crate::blueprint::{Blueprint, BoardSpec};
 use crate::drives::Drives;
 use crate::kernel::{E820, Tables};
+use crate::netdevs::Netdevs;
 use crate::smbios::{self, SmbiosConfig};
 use crate::topology::Topology;
 use crate::{Chardevs, Error, Result, acpi};
@@ -62,6 +63,7 @@ pub(crate) struct Builder {
     pub(crate) system: System,
     pub(crate) chardevs: Chardevs,
     pub(crate) drives: Drives,
+    pub(crate) netdevs: Netdevs,
     pub(crate) serials: Vec<String>,
     pub(crate) acpi: AcpiConfig,
     pub(crate) reserved: Vec<E820>,
@@ -127,6 +129,7 @@ pub(crate) fn build(
     let size = blueprint.memory.size;
     let layout = Layout::pc(size, (board.low_ram_end)(size))?;
     let drives = Drives::open(&blueprint.blockdevs)?;
+    let netdevs = Netdevs::open(&blueprint.netdevs)?;
     let memory = GuestMemory::new(&layout, &blueprint.memory.backing()?, blueprint.memory.prealloc)?;
     let vm = accel.create_vm()?;
     for region in memory.regions() {
@@ -170,6 +173,7 @@ pub(crate) fn build(
         system,
         chardevs,
         drives,
+        netdevs,
         serials: blueprint.serials.clone(),
         acpi: AcpiConfig {
             topology,

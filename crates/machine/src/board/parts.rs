@@ -2,10 +2,11 @@
 
 use crate::Chardevs;
 use crate::drives::Drives;
+use crate::netdevs::Netdevs;
 use accel::{Doorbells, Irqs, Vm};
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
-use devices::{ChildBus, CreateError, Parts};
+use devices::{Cable, ChildBus, CreateError, Parts};
 use display::Displays;
 use memory::GuestMemory;
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ pub(super) struct Context<'a> {
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
     pub(super) chardevs: &'a mut Chardevs,
+    pub(super) netdevs: &'a mut Netdevs,
     pub(super) irqs: &'a Arc<dyn Irqs>,
     pub(super) doorbells: Option<Arc<dyn Doorbells>>,
     pub(super) offered: &'a mut Vec<ChildBus>,
@@ -84,6 +86,10 @@ impl Parts for Context<'_> {
 
     fn take_chardev(&mut self, id: &str) -> Result<Arc<dyn Chardev>, CreateError> {
         take_chardev(self.chardevs, id)
+    }
+
+    fn take_netdev(&mut self, id: &str) -> Result<Cable, CreateError> {
+        self.netdevs.take(id)
     }
 }
 

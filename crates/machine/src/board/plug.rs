@@ -130,6 +130,7 @@ impl Builder {
             system: &self.system,
             drives: &mut self.drives,
             chardevs: &mut self.chardevs,
+            netdevs: &mut self.netdevs,
             irqs: &self.irqs,
             doorbells: self.vm.doorbells(),
             pins: &mut self.pins,

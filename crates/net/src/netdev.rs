@@ -1,0 +1,77 @@
+//! Netdevs from their property bags.
+
+use crate::{Error, Netdev, Result, bridge, tap, user};
+use base::nearest;
+use base::props::{Bag, Properties};
+
+/// A kind of netdev: what users can name.
+pub struct NetdevSpec {
+    /// Its name, as in `--netdev NAME`.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// Its properties.
+    pub properties: fn() -> Properties,
+    open: fn(&Bag, &str) -> Result<Opened>,
+}
+
+/// A netdev, and what changes it while it is in use.
+#[derive(Debug)]
+pub struct Opened {
+    /// The netdev.
+    pub netdev: Netdev,
+    /// Of user-mode networks.
+    pub user: Option<user::Control>,
+}
+
+/// All kinds.
+pub const KINDS: &[NetdevSpec] = &[
+    NetdevSpec {
+        name: "user",
+        about: "user-mode network: NAT through this process's sockets, DHCP, DNS; needs no privileges",
+        properties: Properties::of::<user::Spec>,
+        open: |bag, id| {
+            let (netdev, control) = user::open(id, &bag.spec()?)?;
+            Ok(Opened { netdev, user: Some(control) })
+        },
+    },
+    NetdevSpec {
+        name: "tap",
+        about: "tap device of the host: made here, in a bridge if wanted, or given as open descriptors",
+        properties: Properties::of::<tap::Spec>,
+        open: |bag, id| Ok(Opened { netdev: tap::open(id, &bag.spec()?)?, user: None }),
+    },
+    NetdevSpec {
+        name: "bridge",
+        about: "bridge of the host, through a helper that asks an access list",
+        properties: Properties::of::<bridge::Spec>,
+        open: |bag, id| Ok(Opened { netdev: bridge::open(id, &bag.spec()?)?, user: None }),
+    },
+];
+
+/// Properties that may be given several times.
+pub const REPEATABLE: &[&str] = &["hostfwd", "guestfwd", "dnssearch"];
+
+/// The kind that a user names.
+///
+/// # Errors
+/// Says which name is nearest.
+pub fn find_kind(name: &str) -> Result<&'static NetdevSpec> {
+    KINDS.iter().find(|k| k.name == name).ok_or_else(|| {
+        let hint = match nearest(name, KINDS.iter().map(|k| k.name)) {
+            Some(near) => format!("did you mean '{near}'?"),
+            None => format!("use {}", KINDS.iter().map(|k| k.name).collect::<Vec<_>>().join(", ")),
+        };
+        Error::Config(format!("unknown netdev '{name}'; {hint}"))
+    })
+}
+
+/// Makes the netdev that a bag describes.
+///
+/// # Errors
+/// Properties that make no sense, or the host's refusal.
+pub fn open(bag: &Bag) -> Result<Opened> {
+    let kind = find_kind(&bag.driver)?;
+    let id = bag.id.as_deref().ok_or_else(|| Error::Config(format!("netdev {}: missing id", bag.driver)))?;
+    (kind.open)(bag, id)
+}
