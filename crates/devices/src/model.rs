@@ -59,6 +59,13 @@ pub trait Parts {
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError>;
     /// Tells of a drive whose medium can be changed, or whose image may be resized, while the machine runs.
     fn offer_drive(&mut self, _drive: &Arc<crate::storage::Drive>) {}
+    /// Tells of the machine's balloon.
+    ///
+    /// # Errors
+    /// There is one already.
+    fn offer_balloon(&mut self, _balloon: &Arc<virtio::balloon::Balloon>) -> Result<(), CreateError> {
+        Ok(())
+    }
     /// The character device named by `chardev=`; each can be taken once.
     ///
     /// # Errors
@@ -181,6 +188,7 @@ pub fn models() -> &'static [&'static Model] {
         &storage::scsi::CD,
         &storage::scsi::HD,
         &display::vga::MODEL,
+        &virtio::balloon::MODEL,
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
         &virtio::net::MODEL,

@@ -99,7 +99,12 @@ impl Machine {
         })
     }
 
-    /// Screens, keyboards and pointers.
+    /// The machine's balloon, if it has one.
+    pub fn balloon(&self) -> Option<&Arc<devices::virtio::balloon::Balloon>> {
+        self.built.balloon.as_ref()
+    }
+
+    /// The machine's screens, keyboards and pointers.
     pub fn displays(&self) -> &Arc<display::Displays> {
         &self.built.displays
     }

@@ -190,6 +190,26 @@ impl GuestMemory {
         if s.len == len { Ok(s) } else { Err(Error::OutOfRange { addr, len }) }
     }
 
+    /// Gives the whole 4 KiB pages of a range back to the host; the guest reads them as zero afterwards. Where the host
+    /// cannot take them (pages of a larger size), they keep what is in them.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless the whole range is in one region.
+    pub fn give_back(&self, addr: u64, len: u64) -> Result<bool> {
+        let (region, offset) = self.find(addr).ok_or(Error::OutOfRange { addr, len })?;
+        let end = offset.checked_add(len).filter(|end| *end <= region.len());
+        let end = end.ok_or(Error::OutOfRange { addr, len })? & !0xfff;
+        let start = offset.next_multiple_of(0x1000);
+        if start >= end {
+            return Ok(false);
+        }
+        let taken = region.mapping.discard(start, end - start).is_ok();
+        if taken {
+            region.tracker.wrote(start, end - start);
+        }
+        Ok(taken)
+    }
+
     /// Copies from guest memory; the range may cross regions that touch.
     ///
     /// # Errors
@@ -379,6 +399,19 @@ mod tests {
         let mut b = [0];
         std::os::unix::fs::FileExt::read_at(file, &mut b, 10).unwrap();
         assert_eq!(&b, b"x");
+    }
+
+    #[test]
+    fn whole_pages_are_given_back() {
+        let memory =
+            GuestMemory::new(&Layout::pc(2 << 20, 1 << 30).unwrap(), &Backing::Anonymous, false).unwrap();
+        memory.fill(0, 0x4000, 7).unwrap();
+        assert!(memory.give_back(0x800, 0x2000).unwrap());
+        let byte = |at| memory.read_obj::<u8>(at).unwrap();
+        assert_eq!([0xfff, 0x1000, 0x1fff, 0x2000].map(byte), [7, 0, 0, 7]);
+        assert!(!memory.give_back(0x2001, 0x1ffe).unwrap(), "no whole page");
+        assert!(memory.give_back(2 << 20, 0x1000).is_err());
+        assert!(memory.give_back(0x1000, u64::MAX).is_err());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! goes on a [`base::Timers`] callback or, where there is real I/O, on a worker thread that exists while the driver
 //! drives and the machine runs.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod net;

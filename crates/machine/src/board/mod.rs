@@ -20,6 +20,7 @@ use base::{Timers, nearest};
 use bus::pci::{PciBus, Windows};
 use bus::{Bus, IrqPin, SharedDevice, System};
 use devices::chipset::{ApicCpu, Clock, Irqchip};
+use devices::virtio::balloon::Balloon;
 use display::Displays;
 use memory::{GuestMemory, Layout};
 use std::collections::BTreeMap;
@@ -59,6 +60,7 @@ pub(crate) struct Builder {
     pub(crate) irqchip: Option<Arc<Irqchip>>,
     pub(crate) clock: Clock,
     pub(crate) displays: Arc<Displays>,
+    pub(crate) balloon: Option<Arc<Balloon>>,
     pub(crate) timers: Timers,
     pub(crate) system: System,
     pub(crate) chardevs: Chardevs,
@@ -169,6 +171,7 @@ pub(crate) fn build(
         irqchip: irqchip.clone(),
         clock,
         displays,
+        balloon: None,
         timers,
         system,
         chardevs,

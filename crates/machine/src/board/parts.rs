@@ -6,6 +6,7 @@ use crate::netdevs::Netdevs;
 use accel::{Doorbells, Irqs, Vm};
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
+use devices::virtio::balloon::Balloon;
 use devices::{Cable, ChildBus, CreateError, Parts};
 use display::Displays;
 use memory::GuestMemory;
@@ -24,6 +25,7 @@ pub(super) struct Context<'a> {
     pub(super) netdevs: &'a mut Netdevs,
     pub(super) irqs: &'a Arc<dyn Irqs>,
     pub(super) doorbells: Option<Arc<dyn Doorbells>>,
+    pub(super) balloon: &'a mut Option<Arc<Balloon>>,
     pub(super) offered: &'a mut Vec<ChildBus>,
     pub(super) pins: &'a mut BTreeMap<u32, Arc<IrqPin>>,
 }
@@ -74,6 +76,14 @@ impl Parts for Context<'_> {
         }
         let gsi = irq.into();
         Ok(self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).line())
+    }
+
+    fn offer_balloon(&mut self, balloon: &Arc<Balloon>) -> Result<(), CreateError> {
+        if self.balloon.is_some() {
+            return Err(CreateError::Other("a machine has one balloon at most".into()));
+        }
+        *self.balloon = Some(balloon.clone());
+        Ok(())
     }
 
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError> {

@@ -127,6 +127,7 @@ impl Builder {
             timers: &self.timers,
             vm: &self.vm,
             displays: &self.displays,
+            balloon: &mut self.balloon,
             system: &self.system,
             drives: &mut self.drives,
             chardevs: &mut self.chardevs,

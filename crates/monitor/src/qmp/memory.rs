@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 
 pub(super) const COMMANDS: &[Command] = &[
     command!("query-memory-size-summary", summary),
@@ -47,19 +48,28 @@ fn no_balloon() -> Error {
     Error::of(super::Class::DeviceNotActive, "No balloon device has been activated")
 }
 
-fn query_balloon(_: &Context, _: Empty) -> Result<Balloon> {
-    Err(no_balloon())
+fn the_balloon(c: &Context) -> Result<Arc<devices::virtio::balloon::Balloon>> {
+    c.machine(|m| m.balloon().cloned())?.ok_or_else(no_balloon)
+}
+
+fn query_balloon(c: &Context, _: Empty) -> Result<Balloon> {
+    Ok(Balloon { actual: the_balloon(c)?.actual() })
 }
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SetBalloon {
-    #[serde(rename = "value")]
-    _value: u64,
+    /// Memory that the guest is to do with, in bytes.
+    value: u64,
 }
 
-fn balloon(_: &Context, _: SetBalloon) -> Result<Empty> {
-    Err(no_balloon())
+fn balloon(c: &Context, a: SetBalloon) -> Result<Empty> {
+    let balloon = the_balloon(c)?;
+    if a.value == 0 {
+        return Err(Error::generic("Parameter 'target' expects a size"));
+    }
+    balloon.set_target(a.value);
+    Ok(Empty {})
 }
 
 #[derive(Deserialize, JsonSchema)]
