@@ -52,6 +52,19 @@ fn q35_two_vcpus() {
 
 #[test]
 #[ignore = "needs the guest: cargo xtask guest"]
+fn processor_models_and_topology_are_as_asked() {
+    for (model, brand) in [("Nehalem,-pcid", "Nehalem Class Core i7"), ("EPYC", "AMD EPYC Processor")] {
+        let end =
+            boot("vmlinux", "report", &["--cpu", model, "--cpus", "4,sockets=1,cores=2,threads=2"]).finish();
+        assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
+        for fact in [brand, "CPUS 4", "TOPOLOGY 1 sockets 2 cores", "HYPERVISOR KVM"] {
+            assert!(end.stdout.contains(fact), "{model}: {fact}: {}", end.stdout);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs the guest: cargo xtask guest"]
 fn microvm_pvh() {
     boots_and_powers_off("vmlinux", &["--machine", "microvm"]);
 }

@@ -62,6 +62,20 @@ fn machine_options() {
 }
 
 #[test]
+fn processors() {
+    let (_keep, kernel) = kernel_file(&[0; 4096]);
+    let refused = |cpu: &str, words: &[&str]| refused(&["--kernel", &kernel, "--cpu", cpu], words);
+    refused("Skylake-Sever", &["Skylake-Sever", "'Skylake-Server'"]);
+    refused("x86-64-v2,+avx512f", &["avx512f", "CPUID.7H", "enforce=off"]);
+    refused("Skylake-Server,enforce", &["avx512bw", "avx512f"]);
+    refused("host,+nonsense", &["nonsense", "--cpu help"]);
+    refused("host,vendor=x", &["vendor=x", "12 characters"]);
+    let help = run(&["run", "--accel", "soft", "--cpu", "help"]);
+    assert_eq!(help.status, Some(0));
+    assert!(help.stdout.contains("EPYC-Milan") && help.stdout.contains("avx512f"), "{}", help.stdout);
+}
+
+#[test]
 fn accelerators() {
     let end = run(&["run", "--accel", "kwm", "--kernel", "/dev/null"]);
     assert_eq!(end.status, Some(2));

@@ -19,6 +19,8 @@ pub struct Blueprint {
     pub machine: Bag,
     /// Accelerator: `auto`, `kvm` or `soft`, with its options.
     pub accel: Bag,
+    /// Processor model and its features ([`crate::cpu`]).
+    pub cpu: Bag,
     /// vCPUs and their topology.
     pub smp: SmpSpec,
     /// RAM.
@@ -47,6 +49,7 @@ impl Default for Blueprint {
             name: "kvasir".into(),
             machine: Bag::new("q35"),
             accel: Bag::new("auto"),
+            cpu: Bag::new("host"),
             smp: SmpSpec::default(),
             memory: MemorySpec::default(),
             kernel: None,

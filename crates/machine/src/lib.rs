@@ -10,6 +10,7 @@ pub mod acpi;
 pub mod blueprint;
 mod board;
 pub mod control;
+pub mod cpu;
 mod drives;
 pub mod graph;
 mod hotplug;
@@ -41,6 +42,9 @@ pub enum Error {
     /// A bad property.
     #[error(transparent)]
     Property(#[from] base::props::PropError),
+    /// The processor model.
+    #[error(transparent)]
+    Cpu(#[from] cpu::CpuError),
     /// The accelerator.
     #[error(transparent)]
     Accel(#[from] accel::Error),

@@ -133,6 +133,21 @@ impl Topology {
         (0..self.count()).map(|i| self.apic_id(i))
     }
 
+    /// An extended topology leaf: (type of level, bits of the APIC ID below the next level, logical processors).
+    fn fill_levels(&self, cpuid: &mut Cpuid, leaf: u32, max: u32, id: u32, levels: &[(u32, u32, u32)]) {
+        cpuid.remove(leaf);
+        if leaf > max {
+            return;
+        }
+        for (subleaf, (kind, shift, count)) in levels.iter().enumerate() {
+            let e = cpuid.entry(leaf, subleaf as u32, true);
+            (e.eax, e.ebx, e.ecx, e.edx) = (*shift, *count, kind << 8 | subleaf as u32, id);
+        }
+        let end = levels.len() as u32;
+        let e = cpuid.entry(leaf, end, true);
+        (e.ecx, e.edx) = (end, id);
+    }
+
     /// Fills the topology leaves of vCPU `index` into a CPUID table: 1, 4, 0xb, 0x1f, 0x8000_0008, 0x8000_001d,
     /// 0x8000_001e (Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E).
     pub fn fill_cpuid(&self, cpuid: &mut Cpuid, index: u32) {
@@ -140,6 +155,7 @@ impl Topology {
         let per_package = self.dies * self.cores * self.threads;
         let amd = cpuid.query(0, 0)[1] == u32::from_le_bytes(*b"Auth");
         let one = cpuid.entry(1, 0, false);
+        let family = (one.eax >> 8 & 15) + (one.eax >> 20 & 0xff);
         one.ebx = (one.ebx & 0xffff) | (per_package.min(255) << 16) | (id & 0xff) << 24;
         const HTT: u32 = 1 << 28;
         one.edx = if per_package > 1 { one.edx | HTT } else { one.edx & !HTT };
@@ -147,7 +163,8 @@ impl Topology {
         for entry in &mut cpuid.entries {
             // Cache leaves: how many logical processors share each level.
             let level = entry.eax >> 5 & 7;
-            let sharing = if level >= 3 { self.package_shift() } else { width(self.threads) };
+            let die = width(self.threads) + width(self.cores);
+            let sharing = if level >= 3 { die } else { width(self.threads) };
             if (entry.leaf == 4 || entry.leaf == 0x8000_001d) && entry.eax & 0x1f != 0 {
                 entry.eax = (entry.eax & 0x3fff) | ((1 << sharing) - 1) << 14;
                 if entry.leaf == 4 {
@@ -156,19 +173,20 @@ impl Topology {
             }
         }
 
-        let levels = [(1u32, width(self.threads), self.threads), (2, self.package_shift(), per_package)];
-        for leaf in [0xb, 0x1f] {
-            let max = cpuid.query(0, 0)[0];
-            cpuid.remove(leaf);
-            if leaf > max {
-                continue;
-            }
-            for (subleaf, (kind, shift, count)) in levels.iter().enumerate() {
-                let e = cpuid.entry(leaf, subleaf as u32, true);
-                (e.eax, e.ebx, e.ecx, e.edx) = (*shift, *count, kind << 8 | subleaf as u32, id);
-            }
-            let e = cpuid.entry(leaf, 2, true);
-            (e.ecx, e.edx) = (2, id);
+        // Dies are visible in leaf 0x1f alone.
+        let max = &mut cpuid.entry(0, 0, false).eax;
+        if self.dies > 1 && *max >= 0xb {
+            *max = (*max).max(0x1f);
+        }
+        let max = *max;
+        let package = (self.package_shift(), per_package);
+        let (smt, core, die) = (1u32, 2, 5);
+        let thread = (smt, width(self.threads), self.threads);
+        let in_die = (core, width(self.threads) + width(self.cores), self.threads * self.cores);
+        self.fill_levels(cpuid, 0xb, max, id, &[thread, (core, package.0, package.1)]);
+        match self.dies {
+            1 => self.fill_levels(cpuid, 0x1f, max, id, &[thread, in_die]),
+            _ => self.fill_levels(cpuid, 0x1f, max, id, &[thread, in_die, (die, package.0, package.1)]),
         }
         if amd && cpuid.query(0x8000_0000, 0)[0] >= 0x8000_0008 {
             let e = cpuid.entry(0x8000_0008, 0, false);
@@ -181,8 +199,13 @@ impl Topology {
             if topoext && cpuid.query(0x8000_0000, 0)[0] >= 0x8000_001e {
                 let e = cpuid.entry(0x8000_001e, 0, false);
                 e.eax = id;
-                e.ebx = (self.threads - 1) << 8 | (id >> width(self.threads)) & 0xff;
-                e.ecx = index / per_package;
+                let core = (id & ((1 << self.package_shift()) - 1)) >> width(self.threads);
+                e.ebx = (self.threads - 1) << 8 | core & 0xff;
+                // A node for each die; before family 17h nodes mean processors of two dies with halves of the cores.
+                e.ecx = match family >= 0x17 {
+                    true => ((self.dies - 1) << 8) | (index / (self.cores * self.threads)),
+                    false => index / per_package,
+                };
                 e.edx = 0;
             }
         }
@@ -227,5 +250,13 @@ mod tests {
         assert_eq!(c.query(0xb, 0), [1, 2, 0x100, 9]);
         assert_eq!(c.query(0xb, 1), [3, 6, 0x201, 9]);
         assert_eq!(c.query(1, 0)[1] >> 24, 9);
+        Topology { sockets: 2, dies: 2, cores: 3, threads: 2 }.fill_cpuid(&mut c, 23);
+        let id = 1 << 4 | 1 << 3 | 2 << 1 | 1;
+        assert_eq!(c.query(0, 0)[0], 0x1f);
+        assert_eq!(c.query(0x1f, 0), [1, 2, 0x100, id]);
+        assert_eq!(c.query(0x1f, 1), [3, 6, 0x201, id]);
+        assert_eq!(c.query(0x1f, 2), [4, 12, 0x502, id]);
+        assert_eq!(c.query(0x1f, 3), [0, 0, 3, id]);
+        assert_eq!(c.query(0xb, 1), [4, 12, 0x201, id]);
     }
 }

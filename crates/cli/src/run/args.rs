@@ -37,6 +37,9 @@ pub(crate) struct Args {
     /// CD-ROM drive with an ISO image: FILE[,bus=sata|ide|scsi][,...]
     #[arg(long, value_name = "FILE[,...]")]
     cdrom: Vec<String>,
+    /// CPU model: NAME[,+feature][,-feature][,property=value]; "help" lists models and features
+    #[arg(long, value_name = "NAME[,...]", default_value = "host")]
+    cpu: String,
     /// vCPUs: N[,sockets=,dies=,cores=,threads=]
     #[arg(long, short = 'c', value_name = "N[,...]", default_value = "1")]
     cpus: String,
@@ -94,6 +97,11 @@ impl Args {
                 return Ok(Some(model.all_properties().help(&bag.driver)));
             }
         }
+        if matches!(self.cpu.as_str(), "help" | "?") {
+            let acceleration = machine::choose(&Bag::parse(&self.accel, "accel")?)?;
+            let supported = acceleration.accel.supported_cpuid().map_err(machine::Error::from)?;
+            return Ok(Some(machine::cpu::help(&supported)));
+        }
         if self.machine == "help" {
             return Ok(Some(BOARDS.iter().map(|b| format!("{:<10} {}\n", b.name, b.about)).collect()));
         }
@@ -131,6 +139,7 @@ impl Args {
             name: self.name.clone(),
             machine: Bag::parse(&self.machine, "type")?,
             accel: Bag::parse(&self.accel, "accel")?,
+            cpu: machine::cpu::parse(&self.cpu)?,
             smp: self.smp()?,
             memory: self.memory()?,
             kernel: self.kernel(),

@@ -14,8 +14,8 @@ use crate::kernel::{E820, Tables};
 use crate::netdevs::Netdevs;
 use crate::smbios::{self, SmbiosConfig};
 use crate::topology::Topology;
-use crate::{Chardevs, Error, Result, acpi};
-use accel::{Accel, CpuSignals, Irqs, Slot, Vcpu, VcpuConfig, Vm};
+use crate::{Chardevs, Error, Result, acpi, cpu};
+use accel::{Accel, CpuSignals, Cpuid, Irqs, Slot, Vcpu, VcpuConfig, Vm};
 use base::{Timers, nearest};
 use bus::pci::{PciBus, Windows};
 use bus::{Bus, IrqPin, SharedDevice, System};
@@ -110,6 +110,22 @@ fn find(name: &str) -> Result<&'static Board> {
     })
 }
 
+/// The CPUID of the processor asked for, without topology; says what it goes without.
+fn processor(bag: &base::props::Bag, accel: &dyn Accel) -> Result<Cpuid> {
+    let request = cpu::Request::new(bag)?;
+    let resolved = cpu::resolve(&request, &accel.supported_cpuid()?)?;
+    if request.spec.check && !resolved.missing.is_empty() {
+        let missing: Vec<_> = resolved.missing.iter().map(ToString::to_string).collect();
+        tracing::warn!(
+            "CPU '{}': the accelerator '{}' has no {}; the guest goes without",
+            request.name,
+            accel.name(),
+            missing.join(", ")
+        );
+    }
+    Ok(resolved.cpuid)
+}
+
 /// Builds the board, its devices and its vCPUs.
 pub(crate) fn build(
     blueprint: &Blueprint,
@@ -128,6 +144,7 @@ pub(crate) fn build(
             accel.max_vcpus()
         )));
     }
+    let cpuid = processor(&blueprint.cpu, accel)?;
     let size = blueprint.memory.size;
     let layout = Layout::pc(size, (board.low_ram_end)(size))?;
     let drives = Drives::open(&blueprint.blockdevs)?;
@@ -200,7 +217,6 @@ pub(crate) fn build(
     (board.build)(&mut builder, &spec)?;
     builder.plug(&blueprint.devices)?;
 
-    let cpuid = accel.supported_cpuid()?;
     let vcpus = signals
         .into_iter()
         .take(if board.name == none::BOARD.name { 0 } else { usize::MAX })
