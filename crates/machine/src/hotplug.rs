@@ -1,7 +1,8 @@
 //! Devices and back ends that come and go while the machine exists.
 
 use crate::topology::Topology;
-use crate::{Error, Machine, Result};
+use crate::{Error, Machine, Result, cpu};
+use accel::Cpuid;
 use base::props::Bag;
 use bus::Chardev;
 use std::sync::Arc;
@@ -25,12 +26,17 @@ impl Machine {
 
     /// Name of the CPU model.
     pub fn cpu_model(&self) -> String {
-        "qemu64".into()
+        self.built().processor.model.clone()
+    }
+
+    /// What a vCPU could offer its guest here, without topology.
+    pub fn supported_cpuid(&self) -> &Cpuid {
+        &self.built().processor.supported
     }
 
     /// Features of the vCPUs, by QEMU's names, and whether the guest has them.
     pub fn cpu_features(&self) -> Vec<(String, bool)> {
-        Vec::new()
+        cpu::feature_list(&self.built().processor.cpuid).map(|(name, on)| (name.to_owned(), on)).collect()
     }
 
     /// Makes a character device available to devices that come later.

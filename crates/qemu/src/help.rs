@@ -83,18 +83,30 @@ pub(crate) fn accels() -> String {
 
 pub(crate) fn cpus() -> String {
     let mut out = "Available CPUs:\n".to_owned();
-    for (name, about) in machine_cpus() {
-        let _ = writeln!(out, "x86 {name:<22}  {about}");
+    let mut models: Vec<(&str, &str)> = vec![
+        ("base", "base CPU model type with no features enabled"),
+        ("host", "processor with all supported host features"),
+        ("max", "Enables all features supported by the accelerator in the current host"),
+    ];
+    for model in machine::cpu::models::MODELS {
+        models.extend(model.aliases.iter().map(|alias| (*alias, "(alias configured by machine type)")));
+        models.push((model.name, model.brand));
     }
+    models.sort_unstable();
+    for (name, about) in models {
+        let _ = writeln!(out, "x86 {name:<24}  {about}");
+    }
+    out += "\nRecognized CPUID flags:\n";
+    let mut line = String::new();
+    for feature in machine::cpu::features::FEATURES {
+        if line.len() + feature.name.len() > 76 {
+            let _ = writeln!(out, " {line}");
+            line.clear();
+        }
+        let _ = write!(line, " {}", feature.name);
+    }
+    let _ = writeln!(out, " {line}");
     out
-}
-
-fn machine_cpus() -> Vec<(String, String)> {
-    vec![
-        ("host".into(), "processor with all supported host features".into()),
-        ("max".into(), "Enables all features supported by the accelerator in the current host".into()),
-        ("qemu64".into(), "QEMU Virtual CPU".into()),
-    ]
 }
 
 pub(crate) fn devices(bag: Option<&Bag>) -> Result<String> {

@@ -81,6 +81,7 @@ pub(crate) fn plan(mut c: Command) -> Result<Plan> {
     }
     memory(&mut plan, &mut c, backend)?;
     smp(&mut plan, &mut c)?;
+    cpu(&mut plan, &c)?;
     rtc(&mut c)?;
     unsupported_yet(&c)?;
     for bag in &c.blockdevs {
@@ -321,16 +322,21 @@ fn rtc(c: &mut Command) -> Result<()> {
     finish("-rtc", p, &["base", "clock", "driftfix"])
 }
 
+/// `-cpu`: as QEMU does, what the accelerator lacks is left out with a warning unless `enforce` is given.
+fn cpu(plan: &mut Plan, c: &Command) -> Result<()> {
+    let Some(text) = &c.cpu else { return Ok(()) };
+    let mut bag = machine::cpu::parse(text)?;
+    machine::cpu::Request::new(&bag)?;
+    bag.props.entry("enforce").or_insert("off".into());
+    plan.blueprint.cpu = bag;
+    Ok(())
+}
+
 /// Options whose parts of the machine are not there yet.
 fn unsupported_yet(c: &Command) -> Result<()> {
     let no = |what: &str, why: &str| Err(Error::new(format!("{what}: not supported: {why}")));
     if c.bios.is_some() {
         return no("-bios", "firmware is not there yet; use -kernel");
-    }
-    if let Some(cpu) = &c.cpu
-        && !["host", "max", "qemu64"].contains(&cpu.as_str())
-    {
-        return no(&format!("-cpu {cpu}"), "CPU models are not there yet; use max");
     }
     if !c.netdevs.is_empty() || !c.nics.is_empty() {
         return no("-netdev", "networks are not there yet; use -nic none");

@@ -83,6 +83,7 @@ pub(crate) struct Builder {
 /// A machine put together. The builder stays, for what is plugged later.
 pub(crate) struct Built {
     builder: Builder,
+    pub(crate) processor: Processor,
     smbios: SmbiosConfig,
     e820: Vec<E820>,
 }
@@ -110,10 +111,21 @@ fn find(name: &str) -> Result<&'static Board> {
     })
 }
 
-/// The CPUID of the processor asked for, without topology; says what it goes without.
-fn processor(bag: &base::props::Bag, accel: &dyn Accel) -> Result<Cpuid> {
+/// The model of the vCPUs.
+pub(crate) struct Processor {
+    /// Its name, as asked for.
+    pub(crate) model: String,
+    /// What guests see, without topology.
+    pub(crate) cpuid: Cpuid,
+    /// What they could see.
+    pub(crate) supported: Cpuid,
+}
+
+/// The processor asked for; says what it goes without.
+fn processor(bag: &base::props::Bag, accel: &dyn Accel) -> Result<Processor> {
     let request = cpu::Request::new(bag)?;
-    let resolved = cpu::resolve(&request, &accel.supported_cpuid()?)?;
+    let supported = accel.supported_cpuid()?;
+    let resolved = cpu::resolve(&request, &supported)?;
     if request.spec.check && !resolved.missing.is_empty() {
         let missing: Vec<_> = resolved.missing.iter().map(ToString::to_string).collect();
         tracing::warn!(
@@ -123,7 +135,7 @@ fn processor(bag: &base::props::Bag, accel: &dyn Accel) -> Result<Cpuid> {
             missing.join(", ")
         );
     }
-    Ok(resolved.cpuid)
+    Ok(Processor { model: request.name, cpuid: resolved.cpuid, supported })
 }
 
 /// Builds the board, its devices and its vCPUs.
@@ -144,7 +156,7 @@ pub(crate) fn build(
             accel.max_vcpus()
         )));
     }
-    let cpuid = processor(&blueprint.cpu, accel)?;
+    let processor = processor(&blueprint.cpu, accel)?;
     let size = blueprint.memory.size;
     let layout = Layout::pc(size, (board.low_ram_end)(size))?;
     let drives = Drives::open(&blueprint.blockdevs)?;
@@ -223,13 +235,13 @@ pub(crate) fn build(
         .enumerate()
         .map(|(i, signals)| {
             let index = i as u32;
-            let mut cpuid = cpuid.clone();
+            let mut cpuid = processor.cpuid.clone();
             topology.fill_cpuid(&mut cpuid, index);
             let apic = irqchip.as_ref().and_then(|c| c.local_apic(i));
             vm.vcpu(VcpuConfig { index, apic_id: topology.apic_id(index), cpuid, signals, apic })
         })
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    Ok((builder.finish(), vcpus))
+    Ok((builder.finish(processor), vcpus))
 }
 
 /// What of a range of memory the guest sees as such: all but the window through which video memory is seen.
@@ -246,7 +258,7 @@ impl Builder {
         self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).clone()
     }
 
-    fn finish(mut self) -> Built {
+    fn finish(mut self, processor: Processor) -> Built {
         let total = self.memory.total();
         let t = self.acpi.topology;
         let mut e820 = vec![E820 { start: 0, len: LOW_END, kind: E820::RAM }];
@@ -268,7 +280,7 @@ impl Builder {
             threads: t.dies * t.cores * t.threads,
             memory: total,
         };
-        Built { builder: self, smbios, e820 }
+        Built { builder: self, processor, smbios, e820 }
     }
 }
 

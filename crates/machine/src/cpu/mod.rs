@@ -12,7 +12,9 @@ mod query;
 mod request;
 
 pub use apply::{Resolved, resolve};
-pub use query::{Comparison, Definition, Expansion, baseline, compare, definitions, expand, help};
+pub use query::{
+    Comparison, Definition, Expansion, baseline, compare, definitions, expand, feature_list, help,
+};
 pub use request::{Base, CpuSpec, Request, parse};
 
 /// A processor that cannot be given.

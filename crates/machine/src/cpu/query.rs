@@ -62,6 +62,11 @@ pub fn definitions(supported: &Cpuid) -> Vec<Definition> {
     all
 }
 
+/// All features by name, and whether a table has them.
+pub fn feature_list(cpuid: &Cpuid) -> impl Iterator<Item = (&'static str, bool)> + '_ {
+    FEATURES.iter().map(|feature| (feature.name, has(cpuid, feature)))
+}
+
 /// Text for `--cpu help`.
 pub fn help(supported: &Cpuid) -> String {
     use std::fmt::Write as _;

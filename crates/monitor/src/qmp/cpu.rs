@@ -100,6 +100,8 @@ fn hotpluggable(c: &Context, _: Empty) -> Result<Vec<Hotpluggable>> {
 struct Definition {
     name: String,
     typename: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alias_of: Option<String>,
     #[serde(rename = "static")]
     is_static: bool,
     migration_safe: bool,
@@ -108,18 +110,20 @@ struct Definition {
 }
 
 fn definitions(c: &Context, _: Empty) -> Result<Vec<Definition>> {
-    let _ = c;
-    Ok(["max", "host", "qemu64"]
-        .iter()
-        .map(|name| Definition {
-            name: (*name).into(),
-            typename: format!("{name}-x86_64-cpu"),
-            is_static: false,
-            migration_safe: *name == "qemu64",
-            deprecated: false,
-            unavailable_features: Vec::new(),
-        })
-        .collect())
+    c.machine(|m| {
+        let models = machine::cpu::definitions(m.supported_cpuid()).into_iter();
+        models
+            .map(|d| Definition {
+                name: d.name.into(),
+                typename: format!("{}-x86_64-cpu", d.name),
+                alias_of: d.alias_of.map(str::to_owned),
+                is_static: d.is_static,
+                migration_safe: d.migration_safe,
+                deprecated: false,
+                unavailable_features: d.unavailable.into_iter().map(str::to_owned).collect(),
+            })
+            .collect()
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -141,7 +145,7 @@ struct Model {
 #[serde(deny_unknown_fields)]
 struct Expansion {
     #[serde(rename = "type")]
-    _kind: ExpansionType,
+    kind: ExpansionType,
     model: Model,
 }
 
@@ -151,9 +155,13 @@ struct Expanded {
 }
 
 fn expansion(c: &Context, a: Expansion) -> Result<Expanded> {
-    let _ = c;
-    if !["max", "host", "qemu64"].contains(&a.model.name.as_str()) {
-        return Err(Error::generic(format!("CPU model '{}' not found", a.model.name)));
-    }
-    Ok(Expanded { model: Model { name: a.model.name, props: a.model.props } })
+    let mut bag = base::props::Bag { driver: a.model.name, id: None, props: a.model.props };
+    // What the accelerator lacks is off in the answer.
+    bag.props.entry("enforce").or_insert(Value::Bool(false));
+    let generic = |e: &dyn std::fmt::Display| Error::generic(e.to_string());
+    let request = machine::cpu::Request::new(&bag).map_err(|e| generic(&e))?;
+    let full = a.kind == ExpansionType::Full;
+    let expanded = c.machine(|m| machine::cpu::expand(&request, m.supported_cpuid(), full))?;
+    let expanded = expanded.map_err(|e| generic(&e))?;
+    Ok(Expanded { model: Model { name: expanded.name, props: expanded.props } })
 }
