@@ -27,7 +27,7 @@ fn kernel_file(bytes: &[u8]) -> (tempfile::NamedTempFile, String) {
 
 #[test]
 fn kernels() {
-    refused(&[], &["--kernel"]);
+    refused(&["--firmware", "none"], &["--kernel"]);
     refused(&["--kernel", "/nonexistent/vmlinuz"], &["/nonexistent/vmlinuz", "No such file"]);
     let (_keep, path) = kernel_file(b"hello");
     refused(&["--kernel", &path], &[&path, "too short"]);

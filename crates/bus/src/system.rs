@@ -12,6 +12,8 @@ pub enum SystemRequest {
     Reset,
     /// The guest says that it panicked (pvpanic).
     GuestPanicked,
+    /// A watchdog ran out.
+    Watchdog,
     /// End with this exit status (isa-debug-exit).
     Exit(u8),
     /// Stop the machine: an error of the host on a drive (its name), whose command is tried again when the machine goes on.

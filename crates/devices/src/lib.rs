@@ -10,4 +10,4 @@ pub mod virtio;
 pub use model::{
     Cable, CreateChild, CreateError, CreateVirtio, IsaDevice, Kind, Model, Parts, find_model, models,
 };
-pub use place::{ChildBus, PciDevice, PciPlace, PlaceSpec};
+pub use place::{BootClass, ChildBus, PciDevice, PciPlace, PlaceSpec};

@@ -17,6 +17,10 @@ pub trait Parts {
     fn memory(&self) -> &GuestMemory;
     /// The timer service.
     fn timers(&self) -> &Timers;
+    /// The guest's passing time.
+    fn clock(&self) -> chipset::Clock {
+        chipset::Clock::new(self.timers())
+    }
     /// Requests to the machine.
     fn system(&self) -> &System;
     /// A line into ISA interrupt `irq` (0..16).
@@ -48,6 +52,11 @@ pub trait Parts {
     }
     /// Tells that the device being created brings a bus along. The machine names it after the device.
     fn offer_bus(&mut self, bus: ChildBus);
+    /// Tells that firmware can boot from the device being created: what it is, its `bootindex=`, and its Open Firmware path
+    /// below the PCI function (`disk@0,0`). virtio-blk and network cards need not: the machine knows them.
+    fn bootable(&mut self, class: crate::BootClass, index: Option<u32>, path: &str) {
+        let _ = (class, index, path);
+    }
     /// Number of vCPUs, for devices whose queues default to one for each.
     fn vcpus(&self) -> u32 {
         1
@@ -174,8 +183,14 @@ impl Model {
 /// All models.
 pub fn models() -> &'static [&'static Model] {
     &[
+        &chipset::bridge::I82801B11,
+        &chipset::bridge::IOH3420,
+        &chipset::bridge::PCI_BRIDGE,
+        &chipset::bridge::PCIE_PCI_BRIDGE,
+        &chipset::bridge::ROOT_PORT,
         &chipset::debug_exit::MODEL,
         &chipset::debugcon::MODEL,
+        &chipset::i6300esb::MODEL,
         &chipset::pvpanic::MODEL,
         &chipset::serial::MODEL,
         &storage::ahci::MODEL,

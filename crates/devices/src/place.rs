@@ -61,6 +61,31 @@ impl std::fmt::Debug for ChildBus {
     }
 }
 
+/// What firmware may boot from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootClass {
+    /// Floppy disk.
+    Floppy,
+    /// Hard disk.
+    Disk,
+    /// CD-ROM.
+    Cdrom,
+    /// Network card.
+    Network,
+}
+
+impl BootClass {
+    /// Its letters in a boot order.
+    pub fn letters(self) -> &'static str {
+        match self {
+            Self::Floppy => "ab",
+            Self::Disk => "c",
+            Self::Cdrom => "d",
+            Self::Network => "n",
+        }
+    }
+}
+
 /// A place on a PCI bus.
 #[derive(Clone, Debug)]
 pub struct PciPlace {
@@ -105,10 +130,12 @@ pub struct PlaceSpec {
     pub addr: Option<String>,
     /// More functions of the same slot follow.
     pub multifunction: bool,
+    /// Place in the order in which firmware boots; lower comes first.
+    pub bootindex: Option<u32>,
 }
 
 impl PlaceSpec {
-    const NAMES: [&str; 3] = ["bus", "addr", "multifunction"];
+    const NAMES: [&str; 4] = ["bus", "addr", "multifunction", "bootindex"];
 
     /// Takes the properties of the place out of a device's bag; what remains is the model's own.
     ///

@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::control::Actions;
+use crate::firmware::{BootSpec, FirmwareSpec, FwCfgSpec};
 use crate::kernel::KernelSpec;
 use crate::topology::SmpSpec;
 use base::props::{Bag, SIZE_FORMAT};
@@ -29,6 +30,12 @@ pub struct Blueprint {
     pub kernel: Option<KernelSpec>,
     /// Objects that others refer to: memory backends, secrets, I/O threads.
     pub objects: Vec<Bag>,
+    /// What runs at power-on.
+    pub firmware: FirmwareSpec,
+    /// What firmware boots.
+    pub boot: BootSpec,
+    /// Users' files for firmware and guest.
+    pub fw_cfg: Vec<FwCfgSpec>,
     /// Disk images, by id.
     pub blockdevs: Vec<Bag>,
     /// Network backends, by id.
@@ -54,6 +61,9 @@ impl Default for Blueprint {
             memory: MemorySpec::default(),
             kernel: None,
             objects: Vec::new(),
+            firmware: FirmwareSpec::default(),
+            boot: BootSpec::default(),
+            fw_cfg: Vec::new(),
             blockdevs: Vec::new(),
             netdevs: Vec::new(),
             devices: Vec::new(),
@@ -122,6 +132,12 @@ impl MemorySpec {
 pub struct BoardSpec {
     /// Have a high precision event timer (the software CPU's q35 only; KVM guests have better clocks).
     pub hpet: Option<bool>,
+    /// Describe the machine by ACPI tables.
+    pub acpi: Option<bool>,
+    /// Have a display: off tells firmware to use the serial port. Follows whether there is a display device.
+    pub graphics: Option<bool>,
+    /// System management mode, which this machine does not have: only off is possible.
+    pub smm: Option<bool>,
 }
 
 /// A disk image: `file=PATH,...` of a blockdev.

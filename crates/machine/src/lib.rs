@@ -12,6 +12,7 @@ mod board;
 pub mod control;
 pub mod cpu;
 mod drives;
+pub mod firmware;
 pub mod graph;
 mod hotplug;
 pub mod inspect;

@@ -4,7 +4,7 @@ use crate::blueprint::Blueprint;
 use crate::board::{self, Built};
 use crate::control::{
     Actions, Cause, ErrorAction, Event, Notice, PanicAction, RebootAction, Remote, RunState, Shared,
-    ShutdownAction,
+    ShutdownAction, WatchdogAction,
 };
 use crate::vcpu::VcpuThread;
 use crate::{Acceleration, Error, NetdevInfo, Result, kernel};
@@ -185,6 +185,7 @@ impl Machine {
                 self.halt(RunState::IoError);
                 None
             }
+            SystemRequest::Watchdog => self.watchdog()?,
             SystemRequest::Notice(name, data) => {
                 self.shared.tell(&Notice::Device(name, data));
                 None
@@ -238,6 +239,30 @@ impl Machine {
             return None;
         }
         Some(outcome)
+    }
+
+    /// A watchdog ran out.
+    fn watchdog(&mut self) -> Result<Option<Outcome>> {
+        let action = self.actions.watchdog;
+        tracing::warn!("the guest let its watchdog run out");
+        self.shared.tell(&Notice::Device("WATCHDOG", serde_json::json!({ "action": action })));
+        Ok(match action {
+            WatchdogAction::Reset => self.reset_or_end(Cause::GuestReset)?,
+            WatchdogAction::Shutdown => {
+                self.power_button();
+                None
+            }
+            WatchdogAction::Poweroff => self.shut_down(Cause::GuestShutdown, Outcome::PoweredOff),
+            WatchdogAction::Pause => {
+                self.halt(RunState::Watchdog);
+                None
+            }
+            WatchdogAction::InjectNmi => {
+                self.inject_nmi()?;
+                None
+            }
+            WatchdogAction::Debug | WatchdogAction::None => None,
+        })
     }
 
     fn panicked(&mut self) -> Option<Outcome> {
@@ -406,6 +431,10 @@ impl Machine {
 impl Built {
     /// Loads the kernel and the tables that firmware would make.
     fn load_kernel(&mut self, blueprint: &Blueprint) -> Result<kernel::Entry> {
+        // With both, firmware is handed the kernel.
+        if self.starts_in_firmware() {
+            return Ok(kernel::Entry::Reset);
+        }
         let Some(spec) = &blueprint.kernel else {
             return Err(Error::Config("nothing to boot: give a kernel with --kernel".into()));
         };

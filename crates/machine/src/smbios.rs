@@ -48,14 +48,16 @@ impl Table {
     }
 }
 
-fn build(config: &SmbiosConfig) -> Vec<u8> {
+fn build(config: &SmbiosConfig, with_bios: bool) -> Vec<u8> {
     let mut t = Table { bytes: Vec::new(), handle: 0x100, count: 0 };
     let version = env!("CARGO_PKG_VERSION");
-    // Type 0: BIOS. Characteristics: "not supported"; extension: virtual machine, UEFI not.
+    // Type 0: BIOS, unless there is one that tells of itself. Characteristics: "not supported"; extension: virtual machine, UEFI not.
     let mut bios = vec![1, 2, 0, 0xe8, 3, 0];
     bios.extend(8u64.to_le_bytes());
     bios.extend([0, 0x14, 0, 0, 0xff, 0xff]);
-    t.add(0, &bios, &["Kvasir", version, "04/01/2014"]);
+    if with_bios {
+        t.add(0, &bios, &["Kvasir", version, "04/01/2014"]);
+    }
     // Type 1: system.
     let mut system = vec![1, 2, 3, 0];
     system.extend(uuid_field(config.uuid));
@@ -113,8 +115,20 @@ fn uuid_field(uuid: Option<[u8; 16]>) -> [u8; 16] {
 /// # Errors
 /// There is no RAM there.
 pub fn write(config: &SmbiosConfig, memory: &GuestMemory, base: u64) -> memory::Result<u64> {
-    let table = build(config);
+    let table = build(config, true);
     let at = base + 0x20;
+    memory.write(base, &entry_point(&table, at))?;
+    memory.write(at, &table)?;
+    Ok(0x20 + table.len() as u64)
+}
+
+/// The entry point, without an address, and the structures, without the BIOS's, for firmware to complete and place.
+pub fn for_firmware(config: &SmbiosConfig) -> (Vec<u8>, Vec<u8>) {
+    let table = build(config, false);
+    (entry_point(&table, 0).to_vec(), table)
+}
+
+fn entry_point(table: &[u8], at: u64) -> [u8; 24] {
     let mut entry = [0u8; 24];
     entry[..5].copy_from_slice(b"_SM3_");
     entry[6] = 24;
@@ -123,9 +137,7 @@ pub fn write(config: &SmbiosConfig, memory: &GuestMemory, base: u64) -> memory::
     entry[12..16].copy_from_slice(&(table.len() as u32).to_le_bytes());
     entry[16..24].copy_from_slice(&at.to_le_bytes());
     entry[5] = entry.iter().fold(0u8, |a, b| a.wrapping_sub(*b));
-    memory.write(base, &entry)?;
-    memory.write(at, &table)?;
-    Ok(0x20 + table.len() as u64)
+    entry
 }
 
 #[cfg(test)]
@@ -142,7 +154,7 @@ mod tests {
             threads: 3,
             memory: 40 << 30,
         };
-        let t = build(&config);
+        let t = build(&config, true);
         let (mut at, mut kinds) = (0, vec![]);
         while at < t.len() {
             kinds.push(t[at]);

@@ -20,6 +20,12 @@ pub enum PciError {
         /// Function number.
         function: u8,
     },
+    /// A PCI Express port has one device.
+    #[error("PCI address {slot:02x} is not possible behind a PCI Express port: use addr=0")]
+    Port {
+        /// Device number.
+        slot: u8,
+    },
     /// Something is there.
     #[error("PCI address {slot:02x}.{function} is taken by {other}; choose another addr=")]
     Taken {
@@ -39,10 +45,10 @@ struct Slot {
 }
 
 enum Wiring {
-    /// The root: interrupt inputs that the slots' pins are spread over.
-    Pins(Vec<Arc<IrqPin>>),
+    /// The root: interrupt inputs, and which of them a slot's pin leads to.
+    Pins(Vec<Arc<IrqPin>>, Swizzle),
     /// Behind the bridge in a slot of another bus, whose pins it uses.
-    Behind { parent: Arc<PciBus>, slot: u8 },
+    Behind { parent: Arc<PciBus>, slot: u8, function: u8 },
 }
 
 /// A PCI bus: 32 devices of 8 functions.
@@ -50,6 +56,8 @@ enum Wiring {
 /// Lock order: the table of slots is a leaf (cloned out of), then the function's lock, downwards from bridge to
 /// function.
 pub struct PciBus {
+    /// Device numbers that there are.
+    devices: std::ops::RangeInclusive<u8>,
     slots: RwLock<BTreeMap<u8, Slot>>,
     wiring: Wiring,
     decoder: Arc<Decoder>,
@@ -61,6 +69,9 @@ impl std::fmt::Debug for PciBus {
     }
 }
 
+/// Which interrupt input of a root bus a slot's pin (0 for INTA) leads to.
+pub type Swizzle = fn(slot: u8, pin: u8) -> usize;
+
 pub(super) fn lock(function: &SharedFunction) -> MutexGuard<'_, dyn PciFunction + 'static> {
     function.lock().unwrap_or_else(|e| e.into_inner())
 }
@@ -69,14 +80,30 @@ impl PciBus {
     /// Bus 0. BARs decode on `bus` (which is not kept alive). INTx pins are spread over `pins` (PC: eight, IOAPIC inputs 16 to 23); none leaves
     /// them unconnected.
     pub fn root(bus: Arc<Bus>, pins: Vec<Arc<IrqPin>>) -> Arc<Self> {
-        Arc::new(Self { slots: RwLock::default(), wiring: Wiring::Pins(pins), decoder: Decoder::new(&bus) })
+        Self::root_with(bus, pins, |slot, pin| usize::from(slot) + usize::from(pin))
     }
 
-    /// The bus behind the bridge that is or will be plugged into device `slot` of `parent`.
-    pub fn behind(parent: &Arc<Self>, slot: u8) -> Arc<Self> {
+    /// Bus 0 of a chipset with its own way of spreading INTx pins; `swizzle` is taken modulo the number of pins.
+    pub fn root_with(bus: Arc<Bus>, pins: Vec<Arc<IrqPin>>, swizzle: Swizzle) -> Arc<Self> {
+        let wiring = Wiring::Pins(pins, swizzle);
+        Arc::new(Self { devices: 0..=31, slots: RwLock::default(), wiring, decoder: Decoder::new(&bus) })
+    }
+
+    /// The bus behind the bridge that is or will be plugged in at `slot` and `function` of `parent`.
+    pub fn behind(parent: &Arc<Self>, slot: u8, function: u8) -> Arc<Self> {
+        Self::below(parent, slot, function, 0..=31)
+    }
+
+    /// The link behind a PCI Express port: it has device 0 only.
+    pub fn behind_port(parent: &Arc<Self>, slot: u8, function: u8) -> Arc<Self> {
+        Self::below(parent, slot, function, 0..=0)
+    }
+
+    fn below(parent: &Arc<Self>, slot: u8, function: u8, devices: std::ops::RangeInclusive<u8>) -> Arc<Self> {
         Arc::new(Self {
+            devices,
             slots: RwLock::default(),
-            wiring: Wiring::Behind { parent: parent.clone(), slot },
+            wiring: Wiring::Behind { parent: parent.clone(), slot, function },
             decoder: parent.decoder.clone(),
         })
     }
@@ -116,6 +143,9 @@ impl PciBus {
         if slot > 31 || function > 7 {
             return Err(PciError::Address { slot, function });
         }
+        if !self.devices.contains(&slot) {
+            return Err(PciError::Port { slot });
+        }
         let devfn = slot << 3 | function;
         {
             let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());
@@ -150,10 +180,16 @@ impl PciBus {
         Some(removed.function)
     }
 
-    /// The lowest device number (from 1 up) that is free.
+    /// Whether this is bus 0.
+    pub fn is_root(&self) -> bool {
+        matches!(self.wiring, Wiring::Pins(..))
+    }
+
+    /// The lowest device number that is free: from 1 up, but 0 behind a PCI Express port.
     pub fn free_slot(&self) -> Option<u8> {
         let slots = self.table();
-        (1..32).find(|slot| slots.range(slot << 3..=(slot << 3 | 7)).next().is_none())
+        let first = u8::from(*self.devices.end() > 0);
+        (first..=*self.devices.end()).find(|slot| slots.range(slot << 3..=(slot << 3 | 7)).next().is_none())
     }
 
     /// All functions of this bus: device number, function number, function.
@@ -175,12 +211,32 @@ impl PciBus {
     /// The interrupt input of a slot's pin (0 for INTA). Behind a bridge pins rotate by device number
     /// (PCI-to-PCI Bridge Architecture Specification 1.2, 9.1).
     pub fn pin(&self, slot: u8, pin: u8) -> Option<Arc<IrqPin>> {
-        let turn = usize::from(slot) + usize::from(pin);
         match &self.wiring {
-            Wiring::Pins(pins) if pins.is_empty() => None,
-            Wiring::Pins(pins) => Some(pins[turn % pins.len()].clone()),
-            Wiring::Behind { parent, slot } => parent.pin(*slot, (turn % 4) as u8),
+            Wiring::Pins(pins, _) if pins.is_empty() => None,
+            Wiring::Pins(pins, swizzle) => Some(pins[swizzle(slot, pin) % pins.len()].clone()),
+            Wiring::Behind { parent, slot: bridge, .. } => parent.pin(*bridge, slot.wrapping_add(pin) % 4),
         }
+    }
+
+    /// Open Firmware path of the bus (IEEE 1275, PCI bus binding), by which firmware is told what to boot.
+    pub fn firmware_path(&self) -> String {
+        match &self.wiring {
+            Wiring::Pins(..) => "/pci@i0cf8".into(),
+            Wiring::Behind { parent, slot, function } => {
+                format!("{}/{}", parent.firmware_path(), firmware_node(0x06_0400, 0, 0, *slot, *function))
+            }
+        }
+    }
+
+    /// All functions, those behind bridges too; a bridge comes before what is behind it.
+    pub fn all_functions(&self) -> Vec<SharedFunction> {
+        let mut all = Vec::new();
+        for slot in self.table().into_values() {
+            let below = lock(&slot.function).secondary();
+            all.push(slot.function);
+            all.extend(below.into_iter().flat_map(|b| b.all_functions()));
+        }
+        all
     }
 
     /// Interrupt routing of all 32 slots, for `_PRT`.
@@ -229,4 +285,22 @@ impl PciBus {
             lock(&slot.function).write_config(offset, data);
         }
     }
+}
+
+/// Open Firmware node of a function: its kind by class (`0xCCSSPP`), and its address.
+pub fn firmware_node(class: u32, vendor: u16, device: u16, slot: u8, function: u8) -> String {
+    let name = match class >> 8 {
+        0x0100 => "scsi",
+        0x0101 => "ide",
+        0x0102 => "fdc",
+        0x0104 => "raid",
+        0x0200 => "ethernet",
+        0x0300 => "display",
+        0x0601 => "isa",
+        0x0604 => "pci-bridge",
+        0x0c03 => "usb",
+        _ => "",
+    };
+    let name = if name.is_empty() { format!("pci{vendor:x},{device:x}") } else { name.into() };
+    if function == 0 { format!("{name}@{slot:x}") } else { format!("{name}@{slot:x},{function:x}") }
 }

@@ -35,7 +35,7 @@ mod tests;
 
 pub use assign::{AssignError, Windows};
 pub use bar::{Bar, BarKind};
-pub use bus::{PciBus, PciError, SharedFunction};
+pub use bus::{PciBus, PciError, SharedFunction, Swizzle, firmware_node};
 pub use config::{Config, ConfigSaved, Identity};
 pub use host::{ConfigPorts, Ecam, HostBridge};
 pub use intx::{Intx, Route};

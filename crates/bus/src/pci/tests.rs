@@ -526,7 +526,7 @@ impl PciFunction for Bridge {
 fn functions_behind_bridges() {
     let m = Machine::new();
     let bridge = |parent: &Arc<PciBus>, slot: u8| {
-        let below = PciBus::behind(parent, slot);
+        let below = PciBus::behind(parent, slot, 0);
         let id = Identity { class: 0x06_0400, ..ID };
         let b = shared(Bridge { config: Config::bridge("bridge", id), below: below.clone() });
         parent.add(slot, 0, &b).unwrap();

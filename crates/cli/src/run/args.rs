@@ -30,6 +30,15 @@ pub(crate) struct Args {
     /// How to enter the kernel (default: what the image offers)
     #[arg(long, value_name = "MODE", requires = "kernel", value_parser = ["32", "64", "pvh"])]
     entry: Option<String>,
+    /// What runs at power-on: auto, bios, uefi, none or FILE[,vars=FILE][,vars-template=FILE]
+    #[arg(long, value_name = "KIND[,...]", default_value = "auto")]
+    firmware: String,
+    /// Boot order: [order=LETTERS][,once=LETTERS][,menu=on][,splash-time=MS][,reboot-timeout=MS][,strict=on]
+    #[arg(long, value_name = "ORDER[,...]")]
+    boot: Option<String>,
+    /// A file for firmware and guest: NAME,string=TEXT or NAME,file=FILE
+    #[arg(long, value_name = "NAME,...")]
+    fw_cfg: Vec<String>,
     /// Disk image: FILE[,bus=virtio|scsi|sata|ide|nvme|none][,format=raw][,read-only][,serial=][,...]; other properties are
     /// the device's ("--device scsi-hd,help")
     #[arg(long, value_name = "FILE[,...]")]
@@ -143,6 +152,14 @@ impl Args {
             smp: self.smp()?,
             memory: self.memory()?,
             kernel: self.kernel(),
+            firmware: spec_of("--firmware", &self.firmware, "kind")?,
+            boot: self
+                .boot
+                .as_deref()
+                .map(|t| spec_of("--boot", t, "order"))
+                .transpose()?
+                .unwrap_or_default(),
+            fw_cfg: self.fw_cfg.iter().map(|t| spec_of("--fw-cfg", t, "name")).collect::<Result<_, _>>()?,
             actions: Actions {
                 reboot: if self.no_reboot { RebootAction::Shutdown } else { RebootAction::Reset },
                 ..Actions::default()
@@ -200,6 +217,15 @@ impl Args {
         }
         Ok(bag.spec()?)
     }
+}
+
+/// The typed form of an option's text.
+fn spec_of<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
+    option: &str,
+    text: &str,
+    first: &str,
+) -> Result<T, Failure> {
+    Ok(Bag { driver: option.into(), id: None, props: parse_keyval(text, first)? }.spec()?)
 }
 
 fn device_list() -> String {

@@ -2,6 +2,7 @@
 //! ICH9 data sheet, 13.8.3, for the layout of the block).
 
 use super::clock::{Clock, ClockTimer};
+use super::tco::{self, NoReboot, Tco};
 use bus::{Device, IrqLine, RegionId, State, StateError, System, SystemRequest};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -21,6 +22,9 @@ mod offset {
     pub const GPE0_ENABLE: u64 = 0x28;
     pub const SMI_ENABLE: u64 = 0x30;
     pub const SMI_STATUS: u64 = 0x34;
+    /// Watchdog, 32 ports.
+    pub const TCO: u64 = 0x60;
+    pub const END: u64 = 0x80;
 }
 
 bitflags::bitflags! {
@@ -40,6 +44,9 @@ bitflags::bitflags! {
 const ENABLES: Pm1 =
     Pm1::TIMER.union(Pm1::GLOBAL).union(Pm1::POWER_BUTTON).union(Pm1::SLEEP_BUTTON).union(Pm1::RTC);
 
+/// SMI enable register: writes of the command port raise one.
+const SMI_ON_COMMAND: u32 = 1 << 5;
+
 /// PM1 control register.
 const SCI_EN: u16 = 1;
 const BM_RLD: u16 = 1 << 1;
@@ -51,7 +58,10 @@ const SLP_EN: u16 = 1 << 13;
 ///
 /// Events raise the system control interrupt once the guest has taken over: by writing [`AcpiPm::ENABLE`] to the SMI
 /// command port.
-pub struct AcpiPm(Arc<Mutex<Inner>>);
+pub struct AcpiPm {
+    inner: Arc<Mutex<Inner>>,
+    tco: Tco,
+}
 
 struct Inner {
     clock: Clock,
@@ -65,7 +75,7 @@ struct Inner {
     halves: u64,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Registers {
     pm1_status: u16,
@@ -79,11 +89,28 @@ struct Registers {
     apm: [u8; 2],
 }
 
+impl Default for Registers {
+    fn default() -> Self {
+        Self {
+            pm1_status: 0,
+            pm1_enable: 0,
+            pm1_control: 0,
+            gpe_status: 0,
+            gpe_enable: 0,
+            // System management mode looks set up already, so that firmware leaves it alone: there is none.
+            smi_enable: SMI_ON_COMMAND,
+            smi_status: 0,
+            apm: [0; 2],
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
     registers: Registers,
     timer: u32,
+    tco: tco::Saved,
 }
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
@@ -106,7 +133,13 @@ impl AcpiPm {
 
     /// A block whose system control interrupt is `sci` (level-triggered).
     pub fn new(clock: &Clock, sci: IrqLine, system: System) -> Self {
-        Self(Arc::new_cyclic(|inner: &Weak<Mutex<Inner>>| {
+        Self::with_watchdog(clock, sci, system, NoReboot::default())
+    }
+
+    /// A block whose watchdog acts unless `no_reboot` is set.
+    pub fn with_watchdog(clock: &Clock, sci: IrqLine, system: System, no_reboot: NoReboot) -> Self {
+        let tco = Tco::new(clock, system.clone(), no_reboot);
+        let inner = Arc::new_cyclic(|inner: &Weak<Mutex<Inner>>| {
             let inner = inner.clone();
             let timer = clock.timer(move || {
                 if let Some(inner) = inner.upgrade() {
@@ -115,12 +148,13 @@ impl AcpiPm {
             });
             let (r, timer_base, halves) = (Registers::default(), 0, 0);
             Mutex::new(Inner { clock: clock.clone(), timer, sci, system, r, timer_base, halves })
-        }))
+        });
+        Self { inner, tco }
     }
 
     /// The user presses the power button. Returns whether the guest will notice.
     pub fn press_power_button(&self) -> bool {
-        let mut s = lock(&self.0);
+        let mut s = lock(&self.inner);
         s.r.pm1_status |= Pm1::POWER_BUTTON.bits();
         s.update();
         s.r.pm1_control & SCI_EN != 0 && s.r.pm1_enable & Pm1::POWER_BUTTON.bits() != 0
@@ -128,7 +162,7 @@ impl AcpiPm {
 
     /// Raises general-purpose event `n` (0..64).
     pub fn raise_gpe(&self, n: u32) {
-        let mut s = lock(&self.0);
+        let mut s = lock(&self.inner);
         s.r.gpe_status |= 1u64.checked_shl(n).unwrap_or(0);
         s.update();
     }
@@ -231,7 +265,13 @@ impl Device for AcpiPm {
     }
 
     fn read(&mut self, at: RegionId, offset: u64, data: &mut [u8]) {
-        let mut s = lock(&self.0);
+        if at == Self::BLOCK && offset >= offset::TCO {
+            for (byte, at) in data.iter_mut().zip(offset - offset::TCO..) {
+                *byte = self.tco.read(at);
+            }
+            return;
+        }
+        let mut s = lock(&self.inner);
         if at == Self::SMI_COMMAND {
             for (i, byte) in data.iter_mut().enumerate() {
                 *byte = s.r.apm[(offset as usize + i) & 1];
@@ -255,12 +295,15 @@ impl Device for AcpiPm {
     }
 
     fn write(&mut self, at: RegionId, offset: u64, data: &[u8]) {
-        let mut s = lock(&self.0);
+        let mut s = lock(&self.inner);
         for (i, byte) in data.iter().enumerate() {
             let at_byte = offset + i as u64;
             match at {
                 Self::SMI_COMMAND if at_byte & 1 == 0 => s.smi_command(*byte),
                 Self::SMI_COMMAND => s.r.apm[1] = *byte,
+                _ if (offset::TCO..offset::END).contains(&at_byte) => {
+                    self.tco.write(at_byte - offset::TCO, *byte);
+                }
                 _ => s.write_byte(at_byte, *byte),
             }
         }
@@ -268,21 +311,24 @@ impl Device for AcpiPm {
     }
 
     fn reset(&mut self) {
-        let mut s = lock(&self.0);
+        self.tco.reset();
+        let mut s = lock(&self.inner);
         s.r = Registers::default();
         s.halves = s.ticks() >> 31;
         s.update();
     }
 
     fn save(&self) -> Result<State, StateError> {
-        let mut s = lock(&self.0);
+        let mut s = lock(&self.inner);
         s.update();
-        State::new(KIND, 1, &Saved { registers: s.r.clone(), timer: s.ticks() as u32 }) // 32 bits are the timer's
+        let timer = s.ticks() as u32; // 32 bits are the timer's
+        State::new(KIND, 1, &Saved { registers: s.r.clone(), timer, tco: self.tco.save() })
     }
 
     fn load(&mut self, state: State) -> Result<(), StateError> {
         let saved: Saved = state.unpack(KIND, 1)?;
-        let mut s = lock(&self.0);
+        self.tco.load(saved.tco);
+        let mut s = lock(&self.inner);
         s.r = saved.registers;
         s.timer_base = 0;
         s.timer_base = saved.timer.wrapping_sub(s.ticks() as u32);

@@ -3,36 +3,42 @@
 use super::{AcpiConfig, HPET_BASE, Power, REDUCED_S5_SLEEP_TYPE, table};
 use crate::topology::Topology;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
-    Notify, Package, Path, ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, If, Interrupt, Memory32Fixed, Method,
+    Name, Notify, Package, Path, ResourceTemplate, Return, Scope, Store, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 use bus::pci::Route;
-use devices::chipset::AcpiPm;
+use devices::chipset::{AcpiPm, FwCfg};
 
 /// A PCI host bridge with ECAM.
 #[derive(Clone, Debug)]
 pub struct PciHost {
     /// Address of the configuration window.
     pub ecam_base: u64,
+    /// Whether there is such a window (PCI Express).
+    pub has_ecam: bool,
     /// Number of buses it spans (1 MiB each), at most 256.
     pub buses: u16,
-    /// 32-bit memory window: first and last address.
-    pub mmio32: (u32, u32),
+    /// 32-bit memory windows: first and last address of each.
+    pub mmio32: Vec<(u32, u32)>,
     /// 64-bit memory window: first and last address.
     pub mmio64: (u64, u64),
     /// Interrupt routing of the root bus.
     pub routes: Vec<Route>,
+    /// The same for a system that uses the 8259s.
+    pub pic_routes: Vec<Route>,
 }
 
 impl Default for PciHost {
     fn default() -> Self {
         Self {
             ecam_base: 0xb000_0000,
+            has_ecam: true,
             buses: 256,
-            mmio32: (0xc000_0000, 0xfebf_ffff),
+            mmio32: vec![(0xc000_0000, 0xfebf_ffff)],
             mmio64: (0x80_0000_0000, 0x8f_ffff_ffff),
             routes: Vec::new(),
+            pic_routes: Vec::new(),
         }
     }
 }
@@ -116,6 +122,10 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     if config.hpet {
         sb.push(device("HPET", "PNP0103", 0, vec![&Memory32Fixed::new(false, HPET_BASE as u32, 0x400)]));
     }
+    if config.fw_cfg {
+        let ports = IO::new(FwCfg::PORT, FwCfg::PORT, 1, FwCfg::PORTS as u8);
+        sb.push(device("FWCF", "QEMU0002", 0, vec![&ports]));
+    }
     for (i, v) in config.virtio_mmio.iter().enumerate() {
         let (mem, irq) = (Memory32Fixed::new(true, v.base, 0x200), edge(v.gsi));
         sb.push(device(&format!("VR{i:02X}"), "LNRO0005", i as u32, vec![&mem, &irq]));
@@ -133,6 +143,12 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     };
     let mut t = table(b"DSDT", 2);
     let scope = aml(&Scope::new(path("\\_SB_"), sb.iter().map(|r| r as &dyn Aml).collect()));
+    if config.pci.is_some() {
+        let flag = path("\\PICF");
+        let store = Store::new(&flag, &Arg(0));
+        t.append_slice(&aml(&Name::new(path("PICF"), &ZERO)).0);
+        t.append_slice(&aml(&Method::new(path("\\_PIC"), 1, false, vec![&store])).0);
+    }
     t.append_slice(&scope.0);
     if let Some(kind) = sleep_type {
         t.append_slice(&aml(&Name::new(path("\\_S5_"), &Package::new(vec![&kind, &kind, &ZERO, &ZERO]))).0);
@@ -168,33 +184,46 @@ fn event_device(gsi: u32) -> [Raw; 2] {
 }
 
 fn pci_host(pci: &PciHost) -> Raw {
-    let (lo32, hi32) = pci.mmio32;
     let (lo64, hi64) = pci.mmio64;
     let buses = AddressSpace::new_bus_number(0u16, pci.buses - 1);
     let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
-    let mmio32 = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, lo32, hi32, None);
-    let mmio64 = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, lo64, hi64, None);
-    let resources =
-        ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &mmio32, &mmio64]);
-    let entry = |r: &Route| {
-        let address = u32::from(r.slot) << 16 | 0xffff;
-        aml(&Package::new(vec![&address, &r.pin, &ZERO, &r.gsi]))
+    let low = |(first, last): &(u32, u32)| {
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, *first, *last, None)
     };
-    let routes: Vec<Raw> = pci.routes.iter().map(entry).collect();
-    let prt = Package::new(routes.iter().map(|r| r as &dyn Aml).collect());
+    let mmio32: Vec<_> = pci.mmio32.iter().map(low).collect();
+    let mmio64 = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, lo64, hi64, None);
+    let mut all: Vec<&dyn Aml> = vec![&buses, &config_ports, &low_ports, &high_ports];
+    all.extend(mmio32.iter().map(|w| w as &dyn Aml));
+    all.push(&mmio64);
+    let resources = ResourceTemplate::new(all);
+    let package = |routes: &[Route]| {
+        let entry = |r: &Route| {
+            let address = u32::from(r.slot) << 16 | 0xffff;
+            aml(&Package::new(vec![&address, &r.pin, &ZERO, &r.gsi]))
+        };
+        let entries: Vec<Raw> = routes.iter().map(entry).collect();
+        aml(&Package::new(entries.iter().map(|r| r as &dyn Aml).collect()))
+    };
+    // With the IOAPIC, or with the 8259s: the system has said which by _PIC (5.8.1).
+    let apic = aml(&Return::new(&path("PRTA")));
+    let pic = aml(&Return::new(&path("PRTP")));
+    let choice = aml(&If::new(&path("\\PICF"), vec![&apic]));
+    let route = aml(&Method::new(path("_PRT"), 0, false, vec![&choice, &pic]));
     let (zero, cid) = (ZERO, EISAName::new("PNP0A03"));
     aml(&Device::new(
         path("PCI0"),
         vec![
-            &hid("PNP0A08"),
+            &hid(if pci.has_ecam { "PNP0A08" } else { "PNP0A03" }),
             &Name::new(path("_CID"), &cid),
             &Name::new(path("_UID"), &zero),
             &Name::new(path("_SEG"), &zero),
             &Name::new(path("_BBN"), &zero),
             &Name::new(path("_CRS"), &resources),
-            &Name::new(path("_PRT"), &prt),
+            &Name::new(path("PRTA"), &package(&pci.routes)),
+            &Name::new(path("PRTP"), &package(&pci.pic_routes)),
+            &route,
         ],
     ))
 }

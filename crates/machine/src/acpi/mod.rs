@@ -1,18 +1,18 @@
-//! ACPI tables (ACPI specification 6.5): RSDP, XSDT, FADT, FACS, MADT, HPET, MCFG, DSDT.
+//! ACPI tables (ACPI specification 6.5): RSDP, RSDT, XSDT, FADT, FACS, MADT, HPET, MCFG, DSDT.
 
+pub mod blob;
 mod dsdt;
 mod tables;
 
 use crate::topology::Topology;
-use acpi_tables::Aml;
-use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use memory::GuestMemory;
 
+pub use blob::Blob;
 pub use dsdt::{PciHost, SerialPort, VirtioMmio};
 
 /// OEM identity in table headers; guests written for QEMU recognise it.
-const OEM_ID: [u8; 6] = *b"BOCHS ";
+pub(crate) const OEM_ID: [u8; 6] = *b"BOCHS ";
 const OEM_TABLE: [u8; 8] = *b"BXPC    ";
 
 /// What the tables describe.
@@ -34,6 +34,10 @@ pub struct AcpiConfig {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// Whether there is an i8042 keyboard controller.
     pub i8042: bool,
+    /// ISA interrupts that PCI's arrive as, level-triggered.
+    pub level_irqs: Vec<u8>,
+    /// Whether there is a firmware configuration device.
+    pub fw_cfg: bool,
     /// Whether there is a CMOS real-time clock.
     pub rtc: bool,
 }
@@ -85,41 +89,50 @@ pub const RESET_VALUE: u8 = 0x0f;
 /// S5's SLP_TYP with reduced hardware.
 pub const REDUCED_S5_SLEEP_TYPE: u8 = 5;
 
+/// Builds the tables. Their lengths depend only on what the machine is made of, not on where firmware puts it.
+pub fn build(config: &AcpiConfig) -> Blob {
+    let mut blob = Blob::default();
+    let dsdt = blob.add(&dsdt::build(config), &[]);
+    let facs = match config.power {
+        Power::Fixed { .. } => Some(blob.add_raw(&tables::facs())),
+        _ => None,
+    };
+    // Offsets in the FADT (5.2.9): FIRMWARE_CTRL, DSDT, X_FIRMWARE_CTRL, X_DSDT.
+    let mut pointers = vec![(140, 8, dsdt)];
+    if let Some(facs) = facs {
+        pointers.extend([(36, 4, facs), (40, 4, dsdt), (132, 8, facs)]);
+    }
+    let mut entries = vec![blob.add(&tables::fadt(config), &pointers)];
+    entries.push(blob.add(tables::madt(config).as_slice(), &[]));
+    if let Some(pci) = config.pci.as_ref().filter(|p| p.has_ecam) {
+        entries.push(blob.add(&tables::mcfg(pci), &[]));
+    }
+    if config.hpet {
+        entries.push(blob.add(tables::hpet().as_slice(), &[]));
+    }
+    let list = |signature, size: usize| {
+        let mut t = table(signature, 1);
+        t.append_slice(&vec![0; size * entries.len()]);
+        let pointers = entries.iter().enumerate().map(|(i, e)| (36 + size * i, size, *e));
+        (t.as_slice().to_vec(), pointers.collect::<Vec<_>>())
+    };
+    let (rsdt, xsdt) = (list(b"RSDT", 4), list(b"XSDT", 8));
+    blob.rsdt = blob.add(&rsdt.0, &rsdt.1);
+    blob.xsdt = blob.add(&xsdt.0, &xsdt.1);
+    blob
+}
+
 /// Writes the tables at `base` (paragraph-aligned, in the BIOS area so that systems that scan find the RSDP), which
 /// starts with the RSDP. Returns the length used.
 ///
 /// # Errors
 /// There is no RAM there.
 pub fn write(config: &AcpiConfig, memory: &GuestMemory, base: u64) -> memory::Result<u64> {
-    let mut place = base + 64; // the RSDP, 36 bytes, comes first
-    let mut put = |bytes: &[u8]| -> memory::Result<u64> {
-        place = place.next_multiple_of(64);
-        let at = place;
-        memory.write(at, bytes)?;
-        place += bytes.len() as u64;
-        Ok(at)
-    };
-    let dsdt = put(&dsdt::build(config))?;
-    let facs = match config.power {
-        Power::Fixed { .. } => Some(put(&tables::facs())?),
-        _ => None,
-    };
-    let mut entries = vec![put(&tables::fadt(config, dsdt, facs))?, put(tables::madt(config).as_slice())?];
-    if let Some(pci) = &config.pci {
-        entries.push(put(&tables::mcfg(pci))?);
-    }
-    if config.hpet {
-        entries.push(put(tables::hpet().as_slice())?);
-    }
-    let mut xsdt = table(b"XSDT", 1);
-    for entry in entries {
-        xsdt.append_slice(&entry.to_le_bytes());
-    }
-    let xsdt = put(xsdt.as_slice())?;
-    let mut rsdp = Vec::new();
-    Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
+    const BLOB: u64 = 64; // behind the RSDP
+    let (bytes, rsdp) = build(config).resolve(base + BLOB, OEM_ID);
+    memory.write(base + BLOB, &bytes)?;
     memory.write(base, &rsdp)?;
-    Ok(place - base)
+    Ok(BLOB + bytes.len() as u64)
 }
 
 fn table(signature: &[u8; 4], revision: u8) -> Sdt {

@@ -20,15 +20,15 @@ pub(super) fn facs() -> Vec<u8> {
     t
 }
 
-/// FADT (5.2.9).
-pub(super) fn fadt(config: &AcpiConfig, dsdt: u64, facs: Option<u64>) -> Vec<u8> {
+/// FADT (5.2.9), without its pointers to FACS and DSDT.
+pub(super) fn fadt(config: &AcpiConfig) -> Vec<u8> {
     const LEGACY_DEVICES: u16 = 1;
     const HAS_8042: u16 = 1 << 1;
     const NO_VGA: u16 = 1 << 2;
     const NO_CMOS_RTC: u16 = 1 << 5;
     let port =
         |at: u16, bits: u8| GAS::new(AddressSpace::SystemIo, bits, 0, AccessSize::Undefined, u64::from(at));
-    let mut f = FADTBuilder::new(OEM_ID, OEM_TABLE, 1).dsdt_64(dsdt);
+    let mut f = FADTBuilder::new(OEM_ID, OEM_TABLE, 1);
     let mut arch = 0;
     if !config.serial.is_empty() || config.i8042 {
         arch |= LEGACY_DEVICES;
@@ -48,11 +48,6 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64, facs: Option<u64>) -> Vec<u8>
     f = f.flag(Flags::ResetRegSup);
     match config.power {
         Power::Fixed { base } => {
-            if let Some(facs) = facs {
-                f = f.firmware_ctrl_64(facs);
-                f.firmware_ctrl = (facs as u32).into();
-            }
-            f.dsdt = (dsdt as u32).into();
             for flag in [Flags::Wbinvd, Flags::ProcC1, Flags::SlpButton, Flags::TmrValExt, Flags::RtcS4] {
                 f = f.flag(flag);
             }
@@ -118,7 +113,8 @@ pub(super) fn madt(config: &AcpiConfig) -> Sdt {
     let timer = (config.timer_gsi != 0).then_some((0u8, config.timer_gsi, 0));
     let sci =
         matches!(config.power, Power::Fixed { .. }).then_some((SCI_GSI as u8, SCI_GSI, ACTIVE_HIGH_LEVEL));
-    for (source, gsi, flags) in timer.into_iter().chain(sci) {
+    let level = config.level_irqs.iter().map(|irq| (*irq, u32::from(*irq), ACTIVE_HIGH_LEVEL));
+    for (source, gsi, flags) in timer.into_iter().chain(sci).chain(level) {
         let mut e = vec![2, 10, 0, source];
         e.extend(gsi.to_le_bytes());
         e.extend(flags.to_le_bytes());

@@ -2,9 +2,12 @@
 
 use super::Builder;
 use crate::acpi::{HPET_BASE, SerialPort};
+use crate::blueprint::BoardSpec;
 use crate::{Error, Result};
 use bus::{Device, RegionId, SharedDevice, Space, shared};
-use devices::chipset::{Hpet, Irqchip, IrqchipDevice, LegacyLine, Pit, Serial};
+use devices::chipset::{
+    AcpiPm, Hpet, I8042, Irqchip, IrqchipDevice, LegacyLine, Pit, Rtc, RtcBase, Serial, SystemPorts,
+};
 use std::sync::{Arc, Mutex};
 
 /// First port and interrupt of the PC's serial ports.
@@ -62,6 +65,58 @@ impl Builder {
         self.bus.map(Space::Memory, HPET_BASE, 0x400, "hpet", &hpet, RegionId(0))?;
         self.acpi.hpet = true;
         Ok(())
+    }
+
+    /// What every PC has: timers, clock, keyboard controller, odd ports.
+    pub(super) fn legacy(&mut self, spec: &BoardSpec) -> Result<()> {
+        let pit_line = LegacyLine::new(self.pin(0).line());
+        let rtc_line = LegacyLine::new(self.pin(8).line());
+        if self.irqchip.is_some() {
+            self.software_pit(pit_line.clone())?;
+        }
+        // With KVM the timer chip is in the kernel, out of the HPET's reach.
+        if spec.hpet.unwrap_or(self.irqchip.is_some()) {
+            self.hpet(&pit_line, &rtc_line)?;
+        }
+        let rtc = self.own(Rtc::new(&self.clock.clone(), rtc_line, RtcBase::Utc));
+        self.ports(&rtc, 0x70, 2, "rtc", RegionId(0))?;
+        self.cmos(&rtc);
+        self.acpi.rtc = true;
+
+        let (keyboard, mouse) = (self.pin(1).line(), self.pin(12).line());
+        let i8042 = self.own(I8042::new(self.system.clone(), keyboard, mouse));
+        self.ports(&i8042, 0x60, 1, "i8042", I8042::DATA)?;
+        self.ports(&i8042, 0x64, 1, "i8042", I8042::COMMAND)?;
+        I8042::connect_input(&i8042, self.displays.input());
+        self.acpi.i8042 = true;
+        let ports = self.own(SystemPorts::new(self.system.clone()));
+        self.ports(&ports, 0x80, 1, "post", SystemPorts::POST)?;
+        self.ports(&ports, 0x92, 1, "port92", SystemPorts::CONTROL)?;
+        self.ports(&ports, 0xed, 1, "delay", SystemPorts::DELAY)?;
+        Ok(())
+    }
+
+    /// The power button is that of `pm`.
+    pub(super) fn press_through(&mut self, pm: &Arc<Mutex<AcpiPm>>) {
+        let button = pm.clone();
+        self.power_button = Some(Box::new(move || {
+            if !button.lock().unwrap_or_else(|e| e.into_inner()).press_power_button() {
+                tracing::warn!("the guest does not listen to the power button");
+            }
+        }));
+    }
+
+    /// What firmware looks for in the real-time clock's memory.
+    pub(super) fn cmos(&self, rtc: &Arc<Mutex<Rtc>>) {
+        const CPUS: u8 = 0x5f;
+        const BOOT_ORDER: [u8; 2] = [0x3d, 0x38];
+        let rtc = rtc.lock().unwrap_or_else(|e| e.into_inner());
+        let low = self.memory.regions()[0].len();
+        rtc.set_memory(low, self.memory.total() - low);
+        rtc.set_byte(CPUS, (self.acpi.topology.count() - 1).min(255) as u8);
+        let (first, second) = self.boot.cmos(true);
+        rtc.set_byte(BOOT_ORDER[0], first);
+        rtc.set_byte(BOOT_ORDER[1], second);
     }
 
     /// Serial ports, each connected as the blueprint says.

@@ -13,6 +13,7 @@ pub(super) const BOARD: Board = Board {
     name: "microvm",
     about: "Minimal machine: virtio-mmio, ACPI without fixed hardware",
     product: "microvm",
+    firmware: false,
     low_ram_end,
     build,
 };

@@ -4,12 +4,15 @@ mod common;
 mod microvm;
 mod none;
 mod parts;
+mod pc;
+mod pci_view;
 mod plug;
 mod q35;
 
 use crate::acpi::AcpiConfig;
 use crate::blueprint::{Blueprint, BoardSpec};
 use crate::drives::Drives;
+use crate::firmware::{self, Bootable, Firmware};
 use crate::kernel::{E820, Tables};
 use crate::netdevs::Netdevs;
 use crate::smbios::{self, SmbiosConfig};
@@ -17,12 +20,14 @@ use crate::topology::Topology;
 use crate::{Chardevs, Error, Result, acpi, cpu};
 use accel::{Accel, CpuSignals, Cpuid, Irqs, Slot, Vcpu, VcpuConfig, Vm};
 use base::{Timers, nearest};
-use bus::pci::{PciBus, Windows};
-use bus::{Bus, IrqPin, SharedDevice, System};
-use devices::chipset::{ApicCpu, Clock, Irqchip};
+use bus::pci::{PciBus, Windows, reg};
+use bus::{Bus, IrqPin, RegionId, SharedDevice, Space, System};
+use devices::chipset::{ApicCpu, Clock, FwCfg, Irqchip, LEGACY_AREA, Shadow};
 use devices::virtio::balloon::Balloon;
 use display::Displays;
-use memory::{GuestMemory, Layout};
+use memory::{GuestMemory, Layout, Region};
+pub(crate) use pci_view::PciView;
+use pci_view::tables_now;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -34,6 +39,8 @@ pub struct Board {
     pub about: &'static str,
     /// SMBIOS product name, by which guests know it.
     product: &'static str,
+    /// Whether it can run firmware.
+    firmware: bool,
     /// Where RAM below 4 GiB ends at most, for a given total in bytes.
     low_ram_end: fn(u64) -> u64,
     /// Puts the devices on.
@@ -41,7 +48,7 @@ pub struct Board {
 }
 
 /// All boards.
-pub const BOARDS: &[Board] = &[q35::BOARD, microvm::BOARD, none::BOARD];
+pub const BOARDS: &[Board] = &[q35::BOARD, pc::BOARD, microvm::BOARD, none::BOARD];
 
 /// Where the ACPI tables go: the BIOS area, in which systems look for the RSDP.
 const ACPI_TABLES: u64 = 0xe_0000;
@@ -74,6 +81,15 @@ pub(crate) struct Builder {
     pub(crate) devices: Vec<SharedDevice>,
     pub(crate) power_button: Option<Box<dyn Fn() + Send>>,
     pub(crate) product: &'static str,
+    /// Firmware that is put in place already: where the reset vector lies.
+    pub(crate) rom: Option<Region>,
+    pub(crate) pci_view: Option<PciView>,
+    /// Interrupts that PIRQs lead to on boards whose IOAPIC has no inputs for them.
+    pub(crate) isa_pirqs: Option<[u8; 4]>,
+    /// Whether there is a display.
+    pub(crate) display: bool,
+    pub(crate) boot: firmware::BootSpec,
+    bootable: Vec<Bootable>,
     pins: BTreeMap<u32, Arc<IrqPin>>,
     mmio_slots: Vec<plug::MmioSlot>,
     buses: Vec<plug::NamedBus>,
@@ -157,6 +173,14 @@ pub(crate) fn build(
         )));
     }
     let processor = processor(&blueprint.cpu, accel)?;
+    if spec.smm == Some(true) {
+        return Err(Error::Config(
+            "system management mode is not available: leave out smm=on (Secure Boot firmware needs it)"
+                .into(),
+        ));
+    }
+    blueprint.boot.check()?;
+    let firmware = open_firmware(board, blueprint)?;
     let size = blueprint.memory.size;
     let layout = Layout::pc(size, (board.low_ram_end)(size))?;
     let drives = Drives::open(&blueprint.blockdevs)?;
@@ -164,7 +188,7 @@ pub(crate) fn build(
     let memory = GuestMemory::new(&layout, &blueprint.memory.backing()?, blueprint.memory.prealloc)?;
     let vm = accel.create_vm()?;
     for region in memory.regions() {
-        for part in without_video_window(region.start..region.start + region.len()) {
+        for part in shown_parts(board, region, firmware.is_some()) {
             vm.map(Slot {
                 gpa: part.start,
                 len: part.end - part.start,
@@ -218,6 +242,12 @@ pub(crate) fn build(
         devices: Vec::new(),
         power_button: None,
         product: board.product,
+        rom: None,
+        pci_view: None,
+        isa_pirqs: None,
+        display: false,
+        boot: blueprint.boot.clone(),
+        bootable: Vec::new(),
         pins: BTreeMap::new(),
         mmio_slots: Vec::new(),
         buses: Vec::new(),
@@ -226,8 +256,14 @@ pub(crate) fn build(
     if let Some(chip) = &irqchip {
         builder.software_irqchip(chip)?;
     }
+    if let Some(firmware) = &firmware {
+        let (rom, chips) = firmware::install(firmware, &builder.vm, &builder.bus)?;
+        builder.rom = Some(rom);
+        builder.devices.extend(chips);
+    }
     (board.build)(&mut builder, &spec)?;
     builder.plug(&blueprint.devices)?;
+    builder.firmware_config(blueprint, &spec)?;
 
     let vcpus = signals
         .into_iter()
@@ -244,23 +280,102 @@ pub(crate) fn build(
     Ok((builder.finish(processor), vcpus))
 }
 
-/// What of a range of memory the guest sees as such: all but the window through which video memory is seen.
-fn without_video_window(range: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u64>> {
-    const WINDOW: std::ops::Range<u64> = 0xa_0000..0xc_0000;
-    let below = range.start..range.end.min(WINDOW.start);
-    let above = range.start.max(WINDOW.end)..range.end;
-    [below, above].into_iter().filter(|r| !r.is_empty())
+/// The blueprint's firmware, checked against what the board can run.
+fn open_firmware(board: &Board, blueprint: &Blueprint) -> Result<Option<Firmware>> {
+    let kernel = blueprint.kernel.is_some();
+    if !board.firmware {
+        if !matches!(blueprint.firmware.kind.as_str(), "auto" | "none") {
+            return Err(Error::Config(format!(
+                "machine '{}' runs no firmware: boot a kernel with --kernel, or use --machine q35",
+                board.name
+            )));
+        }
+        return Ok(None);
+    }
+    let firmware = blueprint.firmware.open(kernel)?;
+    match (&firmware, kernel) {
+        (None, false) => {
+            Err(Error::Config("nothing to boot: --firmware none needs a kernel, given with --kernel".into()))
+        }
+        _ => Ok(firmware),
+    }
+}
+
+/// The parts of a region that the guest sees as RAM for good: all but the legacy area, of which the upper half is RAM
+/// too where there is no firmware to shadow.
+fn shown_parts(board: &Board, region: &Region, firmware: bool) -> Vec<std::ops::Range<u64>> {
+    let all = region.start..region.start + region.len();
+    if !board.firmware || region.start != 0 {
+        return vec![all];
+    }
+    const SHADOWED: u64 = 0xc_0000;
+    let resume = if firmware { LEGACY_AREA.end } else { SHADOWED };
+    [0..LEGACY_AREA.start, resume..all.end].into_iter().filter(|part| !part.is_empty()).collect()
 }
 
 impl Builder {
+    /// RAM and ROM below 1 MiB, for the board's host bridge.
+    pub(crate) fn shadow(&self) -> Result<Option<Shadow>> {
+        let Some(rom) = &self.rom else { return Ok(None) };
+        let ram = self.memory.regions()[0].clone();
+        Ok(Some(Shadow::new(self.vm.clone(), ram, rom.clone())?))
+    }
+
+    fn smbios(&self) -> SmbiosConfig {
+        let t = self.acpi.topology;
+        SmbiosConfig {
+            product: self.product.into(),
+            uuid: None,
+            sockets: t.sockets,
+            cores: t.dies * t.cores,
+            threads: t.dies * t.cores * t.threads,
+            memory: self.memory.total(),
+        }
+    }
+
+    /// The firmware configuration device, on boards that run firmware.
+    fn firmware_config(&mut self, blueprint: &Blueprint, spec: &BoardSpec) -> Result<()> {
+        if !(find(&blueprint.machine.driver)?).firmware {
+            if !blueprint.fw_cfg.is_empty() {
+                return Err(Error::Config("this machine has no firmware configuration device".into()));
+            }
+            return Ok(());
+        }
+        self.acpi.fw_cfg = true;
+        let describe = tables_now(&self.acpi, &self.pci_view, &self.memory);
+        let blob = spec.acpi.unwrap_or(true).then(&describe);
+        let smbios = self.smbios();
+        let items = firmware::items(&firmware::Facts {
+            topology: &self.acpi.topology,
+            memory: &self.memory,
+            graphics: spec.graphics.unwrap_or(self.display),
+            irq0_override: self.acpi.timer_gsi == 2,
+            acpi: blob.as_ref(),
+            smbios: smbios::for_firmware(&smbios),
+            uuid: smbios.uuid,
+            boot: &blueprint.boot,
+            bootable: &self.bootable,
+            files: &blueprint.fw_cfg,
+            generation_id: None,
+        })?;
+        let mut device = FwCfg::new(items, self.memory.clone());
+        let keys = ["etc/acpi/tables", "etc/table-loader"].map(|name| device.key_of(name));
+        if let (true, [Some(tables), Some(script)]) = (blob.is_some(), keys) {
+            let keys = vec![tables, script];
+            device.refresh_with(keys, move || vec![(tables, Arc::new(describe().bytes) as _)]);
+        }
+        let device = self.own(device);
+        self.bus.map(Space::Port, FwCfg::PORT.into(), FwCfg::PORTS.into(), "fw-cfg", &device, RegionId(0))?;
+        Ok(())
+    }
+
     /// The shared interrupt input `gsi`.
     pub(crate) fn pin(&mut self, gsi: u32) -> Arc<IrqPin> {
         self.pins.entry(gsi).or_insert_with(|| IrqPin::new(self.irqs.clone(), gsi)).clone()
     }
 
     fn finish(mut self, processor: Processor) -> Built {
-        let total = self.memory.total();
-        let t = self.acpi.topology;
+        let smbios = self.smbios();
         let mut e820 = vec![E820 { start: 0, len: LOW_END, kind: E820::RAM }];
         e820.push(E820 { start: LOW_END, len: 0xa_0000 - LOW_END, kind: E820::RESERVED });
         e820.push(E820 { start: ACPI_TABLES, len: BIOS_AREA_END - ACPI_TABLES, kind: E820::RESERVED });
@@ -272,14 +387,6 @@ impl Builder {
         }
         e820.append(&mut self.reserved);
         e820.sort_by_key(|e| e.start);
-        let smbios = SmbiosConfig {
-            product: self.product.into(),
-            uuid: None,
-            sockets: t.sockets,
-            cores: t.dies * t.cores,
-            threads: t.dies * t.cores * t.threads,
-            memory: total,
-        };
         Built { builder: self, processor, smbios, e820 }
     }
 }
@@ -312,13 +419,21 @@ impl Built {
         }
     }
 
-    /// Back to power-on, with RAM cleared.
+    /// Whether the guest starts in firmware, rather than in a kernel that this program loads.
+    pub(crate) fn starts_in_firmware(&self) -> bool {
+        self.rom.is_some()
+    }
+
+    /// Back to power-on. RAM is cleared for a kernel that is loaded again; firmware finds what was there.
     pub(crate) fn reset(&self) {
         // `reset` of a device cannot fail.
         let _ = self.each(|d| {
             d.reset();
             Ok(())
         });
+        if self.rom.is_some() {
+            return;
+        }
         for region in self.memory.regions() {
             if region.mapping.discard(0, region.len()).is_err() {
                 let _ = self.memory.fill(region.start, region.len(), 0); // the region is RAM by definition
@@ -349,6 +464,16 @@ impl Built {
     pub(crate) fn write_tables(&self) -> Result<Tables> {
         if let (Some(pci), Some(windows)) = (&self.pci, self.windows) {
             pci.assign_resources(&mut windows()).map_err(|e| Error::Config(e.to_string()))?;
+            for function in self.isa_pirqs.map(|_| pci.all_functions()).unwrap_or_default() {
+                let mut function = function.lock().unwrap_or_else(|e| e.into_inner());
+                let pirq = function.config().get_u8(reg::INTERRUPT_LINE);
+                if let (1.., Some(irq)) = (
+                    function.config().get_u8(reg::INTERRUPT_PIN),
+                    self.isa_pirqs.and_then(|all| all.get(usize::from(pirq)).copied()),
+                ) {
+                    function.write_config(reg::INTERRUPT_LINE, &[irq]);
+                }
+            }
         }
         let used = acpi::write(&self.acpi, &self.memory, ACPI_TABLES)?;
         if ACPI_TABLES + used > SMBIOS_TABLES {

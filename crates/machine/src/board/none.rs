@@ -5,7 +5,7 @@ use crate::Result;
 use crate::blueprint::BoardSpec;
 
 pub(super) const BOARD: Board =
-    Board { name: "none", about: "empty machine", product: "none", low_ram_end, build };
+    Board { name: "none", about: "empty machine", product: "none", firmware: false, low_ram_end, build };
 
 fn low_ram_end(_: u64) -> u64 {
     3 << 30

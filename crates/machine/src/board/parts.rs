@@ -6,8 +6,9 @@ use crate::netdevs::Netdevs;
 use accel::{Doorbells, Irqs, Vm};
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
+use devices::chipset::Clock;
 use devices::virtio::balloon::Balloon;
-use devices::{Cable, ChildBus, CreateError, Parts};
+use devices::{BootClass, Cable, ChildBus, CreateError, Parts};
 use display::Displays;
 use memory::GuestMemory;
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ pub(super) struct Context<'a> {
     pub(super) memory: &'a GuestMemory,
     pub(super) vcpus: u32,
     pub(super) timers: &'a Timers,
+    pub(super) clock: &'a Clock,
     pub(super) vm: &'a Arc<dyn Vm>,
     pub(super) displays: &'a Arc<Displays>,
     pub(super) system: &'a System,
@@ -27,6 +29,8 @@ pub(super) struct Context<'a> {
     pub(super) doorbells: Option<Arc<dyn Doorbells>>,
     pub(super) balloon: &'a mut Option<Arc<Balloon>>,
     pub(super) offered: &'a mut Vec<ChildBus>,
+    /// What firmware can boot from, with paths below the device being created.
+    pub(super) bootable: &'a mut Vec<(BootClass, Option<u32>, String)>,
     pub(super) pins: &'a mut BTreeMap<u32, Arc<IrqPin>>,
 }
 
@@ -37,6 +41,10 @@ impl Parts for Context<'_> {
 
     fn timers(&self) -> &Timers {
         self.timers
+    }
+
+    fn clock(&self) -> Clock {
+        self.clock.clone()
     }
 
     fn vcpus(&self) -> u32 {
@@ -65,6 +73,10 @@ impl Parts for Context<'_> {
 
     fn offer_bus(&mut self, bus: ChildBus) {
         self.offered.push(bus);
+    }
+
+    fn bootable(&mut self, class: BootClass, index: Option<u32>, path: &str) {
+        self.bootable.push((class, index, path.into()));
     }
 
     fn isa_irq(&mut self, irq: u8) -> Result<IrqLine, CreateError> {

@@ -3,13 +3,14 @@
 use super::Builder;
 use super::parts::Context;
 use crate::acpi::VirtioMmio as AcpiVirtioMmio;
+use crate::firmware::Bootable;
 use crate::{Error, Result};
 use base::nearest;
 use base::props::Bag;
-use bus::pci::PciBus;
+use bus::pci::{PciBus, firmware_node, reg};
 use bus::virtio::{Platform, VirtioDevice, VirtioMmio, VirtioPci};
 use bus::{RegionId, Space};
-use devices::{ChildBus, CreateError, Kind, Model, PciDevice, PciPlace, PlaceSpec, find_model};
+use devices::{BootClass, ChildBus, CreateError, Kind, Model, PciDevice, PciPlace, PlaceSpec, find_model};
 use std::sync::Arc;
 
 /// A place for a virtio-mmio transport.
@@ -19,10 +20,21 @@ pub(super) struct MmioSlot {
     pub(super) gsi: u32,
 }
 
+/// What a device tells of itself while it is created.
+#[derive(Default)]
+pub(super) struct Offered {
+    pub(super) buses: Vec<ChildBus>,
+    pub(super) bootable: Vec<(BootClass, Option<u32>, String)>,
+    /// Open Firmware path of the device.
+    pub(super) path: String,
+}
+
 /// A bus by name.
 pub(super) struct NamedBus {
     pub(super) name: String,
     pub(super) bus: ChildBus,
+    /// Open Firmware path of the device that brought it.
+    pub(super) path: String,
 }
 
 /// A device of the blueprint, or one that came later, and where it is.
@@ -51,7 +63,7 @@ impl Builder {
         let described = bag.clone();
         let mut pci = None;
         let mut bag = bag.clone();
-        let mut offered = Vec::new();
+        let mut offered = Offered::default();
         match model.kind {
             Kind::Isa(create) => {
                 let isa = create(&bag, &mut self.context(&mut offered))?;
@@ -70,7 +82,7 @@ impl Builder {
                 let place = PlaceSpec::take(&mut bag)?;
                 let at = self.pci_place(&bag.driver, &place)?;
                 let device = create(&bag, &mut self.context(&mut offered), &at)?;
-                self.add_pci(&at, &place, device)?;
+                offered.path = self.add_pci(&at, &place, device)?;
                 pci = Some(at);
             }
             Kind::Virtio(create) => {
@@ -99,7 +111,16 @@ impl Builder {
                         )));
                     }
                     let at = self.pci_place(&bag.driver, &place)?;
-                    self.add_pci(&at, &place, PciDevice::new(VirtioPci::new(device, &platform)))?;
+                    let function = PciDevice::new(VirtioPci::new(device, &platform));
+                    offered.path = self.add_pci(&at, &place, function)?;
+                    let known = match model.name {
+                        "virtio-blk" => Some((BootClass::Disk, "disk@0,0")),
+                        "virtio-net" => Some((BootClass::Network, "ethernet-phy@0")),
+                        _ => None,
+                    };
+                    if let Some((class, path)) = known {
+                        offered.bootable.push((class, place.bootindex, path.into()));
+                    }
                     pci = Some(at);
                 }
             }
@@ -112,19 +133,25 @@ impl Builder {
                     }
                 };
                 let bus = self.child_bus(model, kind, wanted.as_deref())?;
+                offered.path = bus.path.clone();
+                let bus = bus.bus.clone();
                 create(&bag, &mut self.context(&mut offered), &bus)?;
             }
+        }
+        for (class, index, path) in std::mem::take(&mut offered.bootable) {
+            self.bootable.push(Bootable { index, class, path: format!("{}/{path}", offered.path) });
         }
         self.name_buses(&bag, offered);
         self.plugged.push(Plugged { bag: described, pci });
         Ok(())
     }
 
-    fn context<'a>(&'a mut self, offered: &'a mut Vec<ChildBus>) -> Context<'a> {
+    fn context<'a>(&'a mut self, offered: &'a mut Offered) -> Context<'a> {
         Context {
             memory: &self.memory,
             vcpus: self.acpi.topology.count(),
             timers: &self.timers,
+            clock: &self.clock,
             vm: &self.vm,
             displays: &self.displays,
             balloon: &mut self.balloon,
@@ -135,13 +162,14 @@ impl Builder {
             irqs: &self.irqs,
             doorbells: self.vm.doorbells(),
             pins: &mut self.pins,
-            offered,
+            offered: &mut offered.buses,
+            bootable: &mut offered.bootable,
         }
     }
 
     /// Keeps the buses that a device brought, under the names QEMU would give them.
-    pub(super) fn name_buses(&mut self, bag: &Bag, offered: Vec<ChildBus>) {
-        for (n, bus) in offered.into_iter().enumerate() {
+    pub(super) fn name_buses(&mut self, bag: &Bag, offered: Offered) {
+        for (n, bus) in offered.buses.into_iter().enumerate() {
             let name = match &bag.id {
                 Some(id) => bus.name(id, n),
                 None => {
@@ -150,16 +178,16 @@ impl Builder {
                     format!("{}.{others}", kind.to_lowercase())
                 }
             };
-            self.buses.push(NamedBus { name, bus });
+            self.buses.push(NamedBus { name, bus, path: offered.path.clone() });
         }
     }
 
     /// The bus of the name, or the first of the kind with room.
-    fn find_bus(&self, driver: &str, kind: &str, wanted: Option<&str>) -> Result<Option<ChildBus>> {
+    fn find_bus(&self, driver: &str, kind: &str, wanted: Option<&str>) -> Result<Option<&NamedBus>> {
         let Some(wanted) = wanted else {
             let mut of_kind = self.buses.iter().filter(|b| b.bus.kind() == kind);
             let free = of_kind.clone().find(|b| b.bus.has_room());
-            return Ok(free.or_else(|| of_kind.next()).map(|b| b.bus.clone()));
+            return Ok(free.or_else(|| of_kind.next()));
         };
         // A bus may be named by its device, too.
         let device = format!("{wanted}.0");
@@ -169,7 +197,7 @@ impl Builder {
             .find(|b| b.name == wanted)
             .or_else(|| self.buses.iter().find(|b| b.name == device))
         {
-            Some(named) if named.bus.kind() == kind => Ok(Some(named.bus.clone())),
+            Some(named) if named.bus.kind() == kind => Ok(Some(named)),
             Some(named) => Err(Error::Config(format!(
                 "{driver}: bus '{wanted}' is a {} bus, but the device needs a {kind} bus",
                 named.bus.kind()
@@ -183,7 +211,7 @@ impl Builder {
         }
     }
 
-    fn child_bus(&self, model: &Model, kind: &str, wanted: Option<&str>) -> Result<ChildBus> {
+    fn child_bus(&self, model: &Model, kind: &str, wanted: Option<&str>) -> Result<&NamedBus> {
         self.find_bus(model.name, kind, wanted)?.ok_or_else(|| {
             Error::Config(format!(
                 "{}: this machine has no {kind} bus; add a controller for it before the device",
@@ -200,8 +228,8 @@ impl Builder {
             Some("pcie.0" | "pci.0") if root.is_some() => root.cloned(),
             wanted => self
                 .find_bus(driver, "PCI", wanted)?
-                .map(|bus| match bus {
-                    ChildBus::Pci(bus) => Ok(bus),
+                .map(|named| match &named.bus {
+                    ChildBus::Pci(bus) => Ok(bus.clone()),
                     other => Err(Error::Config(format!("{driver}: {other:?} is not a PCI bus"))),
                 })
                 .transpose()?,
@@ -217,7 +245,8 @@ impl Builder {
         Ok(PciPlace { bus, slot, function })
     }
 
-    fn add_pci(&mut self, at: &PciPlace, place: &PlaceSpec, device: PciDevice) -> Result<()> {
+    /// Plugs a function in; returns its Open Firmware path.
+    fn add_pci(&mut self, at: &PciPlace, place: &PlaceSpec, device: PciDevice) -> Result<String> {
         let (function, object) = (device.function.clone(), device.device.clone());
         at.bus
             .add_shared(at.slot, at.function, device.function, device.device)
@@ -230,7 +259,12 @@ impl Builder {
             let mut function = function.lock().unwrap_or_else(|e| e.into_inner());
             function.config_mut().set_multifunction();
         }
-        Ok(())
+        let function = function.lock().unwrap_or_else(|e| e.into_inner());
+        let config = function.config();
+        let class = config.get_u32(reg::REVISION) >> 8;
+        let (vendor, id) = (config.get_u16(reg::VENDOR), config.get_u16(reg::DEVICE));
+        let node = firmware_node(class, vendor, id, at.slot, at.function);
+        Ok(format!("{}/{node}", at.bus.firmware_path()))
     }
 
     fn plug_mmio(&mut self, name: &str, device: Box<dyn VirtioDevice>, platform: &Platform) -> Result<()> {
