@@ -131,9 +131,11 @@ impl AcpiPm {
     /// SLP_TYP of soft-off, for the DSDT's `_S5`. It is the only sleep there is.
     pub const S5: u8 = 0;
 
-    /// A block whose system control interrupt is `sci` (level-triggered).
+    /// A block whose system control interrupt is `sci` (level-triggered), and whose watchdog does nothing.
     pub fn new(clock: &Clock, sci: IrqLine, system: System) -> Self {
-        Self::with_watchdog(clock, sci, system, NoReboot::default())
+        let no_reboot = NoReboot::default();
+        no_reboot.set(true);
+        Self::with_watchdog(clock, sci, system, no_reboot)
     }
 
     /// A block whose watchdog acts unless `no_reboot` is set.

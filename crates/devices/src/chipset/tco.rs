@@ -183,7 +183,9 @@ impl Tco {
     pub(super) fn reset(&self) {
         let mut s = lock(&self.0);
         s.r = Registers::default();
-        s.reload();
+        // It waits for the guest's first word, so that machines nobody watches need no timer.
+        s.due = None;
+        s.arm();
     }
 
     pub(super) fn save(&self) -> Saved {
