@@ -161,7 +161,7 @@ fn expansion(c: &Context, a: Expansion) -> Result<Expanded> {
     let generic = |e: &dyn std::fmt::Display| Error::generic(e.to_string());
     let request = machine::cpu::Request::new(&bag).map_err(|e| generic(&e))?;
     let full = a.kind == ExpansionType::Full;
-    let expanded = c.machine(|m| machine::cpu::expand(&request, m.supported_cpuid(), full))?;
+    let expanded = c.machine(move |m| machine::cpu::expand(&request, m.supported_cpuid(), full))?;
     let expanded = expanded.map_err(|e| generic(&e))?;
     Ok(Expanded { model: Model { name: expanded.name, props: expanded.props } })
 }
