@@ -207,6 +207,9 @@ pub fn models() -> &'static [&'static Model] {
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
         &virtio::net::MODEL,
+        &virtio::input::KEYBOARD,
+        &virtio::input::MOUSE,
+        &virtio::input::TABLET,
         &virtio::rng::MODEL,
         &virtio::scsi::MODEL,
     ]

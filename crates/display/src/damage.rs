@@ -89,6 +89,27 @@ impl Damage {
         }
     }
 
+    /// Whether [`Self::take`] of an area would give anything.
+    pub fn touches(&self, area: Rect) -> bool {
+        let area = area.clip(self.width, self.height);
+        let Some((first, last)) = self.rows else { return false };
+        if area.is_empty() {
+            return false;
+        }
+        let (left, right) = (area.x / UNIT, (area.x + area.w).div_ceil(UNIT));
+        (first.max(area.y)..(area.y + area.h).min(last + 1)).any(|y| {
+            let row = &self.bits[y as usize * self.stride..][..self.stride];
+            row.iter().any(|w| *w != 0) && (left..right).any(|u| self.unit(u, y))
+        })
+    }
+
+    /// Forgets what is outside of `area`.
+    pub fn drop_outside(&mut self, area: Rect) {
+        let inside = self.take(area);
+        self.clear();
+        inside.into_iter().for_each(|r| self.add(r));
+    }
+
     fn unit(&self, unit: u32, y: u32) -> bool {
         self.bits[y as usize * self.stride + unit as usize / 64] & 1 << (unit % 64) != 0
     }

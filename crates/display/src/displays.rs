@@ -2,7 +2,7 @@
 
 use crate::console::Bell;
 use crate::input::Input;
-use crate::{Console, Source};
+use crate::{Clipboard, Console, Source};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::thread::JoinHandle;
@@ -20,6 +20,7 @@ pub struct Displays {
 struct Shared {
     consoles: RwLock<Vec<Arc<Console>>>,
     input: Arc<Input>,
+    clipboard: Arc<Clipboard>,
     bell: Arc<Bell>,
     stop: AtomicBool,
 }
@@ -39,6 +40,7 @@ impl Displays {
         let shared = Arc::new(Shared {
             consoles: RwLock::default(),
             input: Arc::default(),
+            clipboard: Arc::default(),
             bell: Arc::default(),
             stop: AtomicBool::new(false),
         });
@@ -65,6 +67,11 @@ impl Displays {
     /// The console of that number.
     pub fn console(&self, index: usize) -> Option<Arc<Console>> {
         self.consoles().get(index).cloned()
+    }
+
+    /// What was copied, for pasting.
+    pub fn clipboard(&self) -> &Arc<Clipboard> {
+        &self.shared.clipboard
     }
 
     /// Keyboards and pointers.

@@ -8,6 +8,9 @@ use base::props::{Bag, Properties, parse_keyval};
 use bus::Chardev;
 use devices::{find_model, models};
 use machine::blueprint::{Blueprint, BoardSpec, MemorySpec};
+use display::FrontEnd;
+use display::input::Keymap;
+use machine::blueprint::{BlockSpec, Blueprint, BoardSpec, MemorySpec};
 use machine::control::{Actions, RebootAction};
 use machine::kernel::{EntryMode, KernelSpec};
 use machine::topology::SmpSpec;
@@ -77,6 +80,15 @@ pub(crate) struct Args {
     /// Connect the serial port: stdio, none, file:PATH or chardev:ID
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: String,
+    /// Graphics card: std, none (default: std where there is a display)
+    #[arg(long, value_name = "KIND", value_parser = ["std", "none"])]
+    vga: Option<String>,
+    /// Show the screen: none, or vnc=[HOST]:N or vnc=unix:PATH with [,to=][,websocket=][,password=][,tls-creds=]...
+    #[arg(long, value_name = "KIND[=...]", default_value = "none")]
+    display: String,
+    /// Keyboard layout of the guest, for viewers that send characters
+    #[arg(long, short = 'k', value_name = "LAYOUT", default_value = "en-us")]
+    keymap: String,
     /// Name of the virtual machine
     #[arg(long, default_value = "kvasir")]
     name: String,
@@ -116,6 +128,22 @@ impl Args {
         }
         let machine = Bag::parse(&self.machine, "type")?;
         Ok(machine.wants_help().then(|| Properties::of::<BoardSpec>().help(&machine.driver)))
+    }
+
+    /// The front end of the screens.
+    pub(super) fn front_end(&self) -> Result<FrontEnd, Failure> {
+        let keymap = Keymap::named(&self.keymap).map_err(Failure::usage)?;
+        FrontEnd::parse(&self.display, &self.name, keymap).map_err(Failure::usage)
+    }
+
+    /// The graphics card that `--vga` and `--display` ask for, unless a device is one already.
+    fn graphics(&self) -> Option<Bag> {
+        let has = self.device.iter().any(|d| d == "VGA" || d.starts_with("VGA,"));
+        match self.vga.as_deref() {
+            Some("std") => Some(Bag::new("VGA")),
+            None if self.display != "none" && !has => Some(Bag::new("VGA")),
+            _ => None,
+        }
     }
 
     /// Whether the guest's console is this terminal.
@@ -188,6 +216,7 @@ impl Args {
             disks::add(&mut blueprint, text, true)?;
         }
         net::add(&self.net, &self.netdev, &mut blueprint)?;
+        blueprint.devices.extend(self.graphics());
         for text in &self.device {
             blueprint.devices.push(Bag::parse(text, "driver")?);
         }

@@ -28,7 +28,15 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
         acceleration.reason,
         if args.uses_terminal() { "; Ctrl-A h for help, Ctrl-A x to quit" } else { "" }
     );
+    let front_end = args.front_end()?;
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
+    let server = front_end.start(machine.displays()).map_err(Failure::usage)?;
+    if let Some(server) = &server {
+        eprintln!("kvasir: VNC at {}", server.address());
+        if let Some(address) = server.websocket() {
+            eprintln!("kvasir: for browsers at http://{address}/");
+        }
+    }
     let raw = if args.uses_terminal() {
         RawMode::enter().map_err(|e| Failure {
             status: status::HOST,
@@ -60,6 +68,7 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
             eprintln!("{name:<40} {value}");
         }
     }
+    drop(server);
     drop(machine);
     drop(raw);
     match outcome? {

@@ -18,13 +18,14 @@ struct Workshop {
     timers: Timers,
     system: System,
     disk: NamedTempFile,
+    displays: Arc<display::Displays>,
 }
 
 impl Workshop {
     fn new() -> Self {
         let disk = NamedTempFile::new().unwrap();
         disk.as_file().set_len(64 << 10).unwrap();
-        Self { memory: ram(), timers: Timers::new(), system: System::new(|_| {}), disk }
+        Self { memory: ram(), timers: Timers::new(), system: System::new(|_| {}), disk, displays: Arc::new(display::Displays::new().unwrap()) }
     }
 
     /// A device of the model, with everything it requires.
@@ -53,6 +54,9 @@ impl Parts for Workshop {
     }
     fn irqs(&self) -> Arc<dyn accel::Irqs> {
         Arc::new(bus::virtio::testing::Notes::default())
+    }
+    fn displays(&self) -> Result<Arc<display::Displays>, CreateError> {
+        Ok(self.displays.clone())
     }
     fn offer_bus(&mut self, _: crate::ChildBus) {}
     fn take_drive(&mut self, _: &str) -> Result<Arc<Image>, CreateError> {

@@ -7,6 +7,7 @@ mod keysym;
 pub use keymap::{Keymap, Level};
 pub use keys::Key;
 
+use crate::watchers::{Watch, Watchers};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -112,7 +113,7 @@ pub enum Kind {
 pub trait Sink: Send + Sync {
     /// What happened, all at one time. Only events of the device's kind.
     fn events(&self, events: &[Event]);
-    /// Whether the guest has a driver that listens. Others of the kind are tried first otherwise.
+    /// Whether the guest has a driver that listens. Others of the kind are tried first otherwise. Takes no lock.
     fn is_ready(&self) -> bool {
         true
     }
@@ -132,7 +133,6 @@ struct State {
     buttons: BTreeSet<Button>,
     last: Option<(u32, u32)>,
     leds: Leds,
-    watchers: Vec<Weak<dyn Fn() + Send + Sync>>,
 }
 
 /// A machine's keyboards and pointers.
@@ -141,6 +141,7 @@ pub struct Input {
     state: Mutex<State>,
     /// Held while events are handed on, so that they arrive in order. Before `state`.
     order: Mutex<()>,
+    watchers: Watchers,
 }
 
 impl std::fmt::Debug for Input {
@@ -148,9 +149,6 @@ impl std::fmt::Debug for Input {
         f.write_str("Input")
     }
 }
-
-/// Keeps [`Input::watch`] going.
-pub struct InputWatch(#[allow(dead_code)] Arc<dyn Fn() + Send + Sync>); // held, never called through
 
 impl Input {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -280,19 +278,12 @@ impl Input {
 
     /// For devices: readiness may have changed.
     pub fn changed(&self) {
-        let watchers: Vec<_> = {
-            let mut state = self.lock();
-            state.watchers.retain(|w| w.strong_count() > 0);
-            state.watchers.iter().filter_map(Weak::upgrade).collect()
-        };
-        watchers.iter().for_each(|w| w());
+        self.watchers.call();
     }
 
     /// Calls `wake`, which must not block, when lights or the pointer's kind may have changed.
-    pub fn watch(&self, wake: impl Fn() + Send + Sync + 'static) -> InputWatch {
-        let watch: Arc<dyn Fn() + Send + Sync> = Arc::new(wake);
-        self.lock().watchers.push(Arc::downgrade(&watch));
-        InputWatch(watch)
+    pub fn watch(&self, wake: impl Fn() + Send + Sync + 'static) -> Watch {
+        self.watchers.add(wake)
     }
 }
 

@@ -483,6 +483,8 @@ impl Built {
         }
         smbios::write(&self.smbios, &self.memory, SMBIOS_TABLES)?;
         self.write_reset_code()?;
-        Ok(Tables { rsdp: Some(ACPI_TABLES), e820: self.e820.clone() })
+        // Only a VGA answers there.
+        let text_screen = self.bus.find(bus::Space::Memory, 0xb_8000).is_some();
+        Ok(Tables { rsdp: Some(ACPI_TABLES), e820: self.e820.clone(), text_screen })
     }
 }

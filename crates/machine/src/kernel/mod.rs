@@ -81,6 +81,8 @@ pub struct Tables {
     pub rsdp: Option<u64>,
     /// Address ranges of RAM and reserved areas, as e820 gives them.
     pub e820: Vec<E820>,
+    /// There is a VGA in text mode 3, as a video BIOS leaves it.
+    pub text_screen: bool,
 }
 
 /// One entry of the memory map.

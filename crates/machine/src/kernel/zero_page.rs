@@ -21,6 +21,15 @@ pub(super) mod field {
     pub(crate) const CMD_LINE_PTR: usize = 0x228;
 }
 
+/// Offsets of `struct screen_info`, what a boot loader has found out by the video BIOS.
+mod screen {
+    pub(super) const MODE: usize = 0x06;
+    pub(super) const COLUMNS: usize = 0x07;
+    pub(super) const LINES: usize = 0x0e;
+    pub(super) const IS_VGA: usize = 0x0f;
+    pub(super) const POINTS: usize = 0x10;
+}
+
 /// A zero page being filled.
 pub(super) struct ZeroPage(pub(super) [u8; 4096]);
 
@@ -62,6 +71,13 @@ impl ZeroPage {
         self.set_u32(EXT_RAMDISK_IMAGE, (initrd.0 >> 32) as u32);
         self.set_u32(EXT_RAMDISK_IMAGE + 4, (initrd.1 >> 32) as u32);
         self.set_u64(ACPI_RSDP_ADDR, tables.rsdp.unwrap_or(0));
+        if tables.text_screen {
+            self.set_u8(screen::MODE, 3);
+            self.set_u8(screen::COLUMNS, 80);
+            self.set_u8(screen::LINES, 25);
+            self.set_u8(screen::IS_VGA, 1);
+            self.set_u16(screen::POINTS, 16);
+        }
         let count = tables.e820.len().min(E820_MAX);
         self.set_u8(E820_ENTRIES, count as u8);
         for (i, E820 { start, len, kind }) in tables.e820.iter().take(count).enumerate() {
