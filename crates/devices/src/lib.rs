@@ -5,6 +5,7 @@ pub mod display;
 mod model;
 mod place;
 pub mod storage;
+pub mod usb;
 pub mod virtio;
 
 pub use model::{

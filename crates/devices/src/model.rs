@@ -2,6 +2,7 @@
 
 use crate::place::{ChildBus, PciDevice, PciPlace, PlaceSpec};
 use crate::storage;
+use crate::usb;
 use crate::virtio::{self, VirtioDevice};
 use crate::{chipset, display};
 use accel::{Doorbells, Irqs};
@@ -207,6 +208,14 @@ pub fn models() -> &'static [&'static Model] {
         &virtio::blk::MODEL,
         &virtio::console::MODEL,
         &virtio::net::MODEL,
+        &usb::KEYBOARD,
+        &usb::MOUSE,
+        &usb::TABLET,
+        &usb::HUB,
+        &usb::xhci::MODEL,
+        &virtio::blk::MODEL,
+        &virtio::console::MODEL,
+        &virtio::gpu::MODEL,
         &virtio::input::KEYBOARD,
         &virtio::input::MOUSE,
         &virtio::input::TABLET,

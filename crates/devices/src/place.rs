@@ -4,6 +4,7 @@ use crate::CreateError;
 use crate::storage::ata::IdeBus;
 use crate::storage::nvme::NvmeBus;
 use crate::storage::scsi::ScsiBus;
+use crate::usb::UsbBus;
 use base::props::{Bag, PropError, Properties};
 use bus::pci::{PciBus, PciFunction, SharedFunction};
 use bus::{RegionId, SharedDevice, Space, shared};
@@ -23,6 +24,8 @@ pub enum ChildBus {
     Nvme(Arc<NvmeBus>),
     /// Behind a SCSI controller.
     Scsi(Arc<ScsiBus>),
+    /// The ports of a USB controller and of the hubs behind them.
+    Usb(UsbBus),
 }
 
 impl ChildBus {
@@ -33,6 +36,7 @@ impl ChildBus {
             Self::Ide(_) => "IDE",
             Self::Nvme(_) => "NVMe",
             Self::Scsi(_) => "SCSI",
+            Self::Usb(_) => "usb-bus",
         }
     }
 
@@ -43,6 +47,7 @@ impl ChildBus {
             Self::Ide(bus) => bus.free().is_some(),
             Self::Nvme(bus) => bus.free().is_some(),
             Self::Scsi(bus) => bus.free_target().is_some(),
+            Self::Usb(bus) => bus.has_room(),
         }
     }
 

@@ -154,13 +154,14 @@ impl FrontEnd {
         match kind {
             "none" if rest.is_empty() => Ok(Self::None),
             "vnc" => {
-                let bag = Bag { driver: "--display vnc".into(), id: None, props: parse_keyval(rest, "display")? };
+                let bag =
+                    Bag { driver: "--display vnc".into(), id: None, props: parse_keyval(rest, "display")? };
                 let spec: VncSpec = bag.spec()?;
                 Ok(Self::Vnc(Box::new(spec.options(name, keymap)?)))
             }
-            "sasl" | "spice" | "egl-headless" | "dbus" => {
-                Err(FrontEndError::Config(format!("--display {kind} is not supported: use vnc=WHERE or none")))
-            }
+            "sasl" | "spice" | "egl-headless" | "dbus" => Err(FrontEndError::Config(format!(
+                "--display {kind} is not supported: use vnc=WHERE or none"
+            ))),
             _ => Err(FrontEndError::Config(format!("unknown display '{text}': use vnc=WHERE[,...] or none"))),
         }
     }
@@ -184,11 +185,15 @@ mod tests {
     #[test]
     fn options() {
         let parse = |t: &str| FrontEnd::parse(t, "vm", Keymap::default());
-        let FrontEnd::Vnc(o) = parse("vnc=127.0.0.1:3,to=9,share=ignore,websocket=on,keymap=de,password=on").unwrap()
+        let FrontEnd::Vnc(o) =
+            parse("vnc=127.0.0.1:3,to=9,share=ignore,websocket=on,keymap=de,password=on").unwrap()
         else {
             panic!()
         };
-        assert_eq!((o.display.as_str(), o.to, o.password, o.share), ("127.0.0.1:3", Some(9), true, Share::Ignore));
+        assert_eq!(
+            (o.display.as_str(), o.to, o.password, o.share),
+            ("127.0.0.1:3", Some(9), true, Share::Ignore)
+        );
         assert!(matches!(parse("none").unwrap(), FrontEnd::None));
         for (bad, hint) in [
             ("vnc=:1,share=x", "allow-exclusive"),

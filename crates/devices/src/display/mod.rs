@@ -7,3 +7,4 @@ mod testing;
 pub mod vga;
 
 pub use rom::OptionRom;
+pub(crate) use vga::{pack, unpack};

@@ -8,6 +8,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod net;
+pub mod gpu;
 pub mod input;
 pub mod rng;
 pub mod scsi;

@@ -25,7 +25,13 @@ impl Workshop {
     fn new() -> Self {
         let disk = NamedTempFile::new().unwrap();
         disk.as_file().set_len(64 << 10).unwrap();
-        Self { memory: ram(), timers: Timers::new(), system: System::new(|_| {}), disk, displays: Arc::new(display::Displays::new().unwrap()) }
+        Self {
+            memory: ram(),
+            timers: Timers::new(),
+            system: System::new(|_| {}),
+            disk,
+            displays: Arc::new(display::Displays::new().unwrap()),
+        }
     }
 
     /// A device of the model, with everything it requires.

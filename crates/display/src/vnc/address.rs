@@ -19,11 +19,13 @@ impl Address {
     /// Parses `HOST:N`, `:N`, `[IPV6]:N`, `unix:PATH`.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() { Err("unix: needs a path".into()) } else { Ok(Self::Unix(path.into())) };
+            return if path.is_empty() {
+                Err("unix: needs a path".into())
+            } else {
+                Ok(Self::Unix(path.into()))
+            };
         }
-        let wrong = || {
-            format!("'{text}' is no display: use :N, HOST:N (port 5900 and N) or unix:PATH")
-        };
+        let wrong = || format!("'{text}' is no display: use :N, HOST:N (port 5900 and N) or unix:PATH");
         let (host, number) = text.rsplit_once(':').ok_or_else(wrong)?;
         let number: u16 = number.parse().map_err(|_| wrong())?;
         if number > u16::MAX - DISPLAYS {

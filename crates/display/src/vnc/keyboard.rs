@@ -32,10 +32,13 @@ impl Keyboard {
         if !down {
             let known = self.held.remove(&name);
             // Shift may have come or gone since the press, and with it the keysym's case.
-            let twin = || char::from_u32(keysym).filter(char::is_ascii_alphabetic).and_then(|c| {
-                let other = if c.is_ascii_lowercase() { c.to_ascii_uppercase() } else { c.to_ascii_lowercase() };
-                self.held.remove(&other.into())
-            });
+            let twin = || {
+                char::from_u32(keysym).filter(char::is_ascii_alphabetic).and_then(|c| {
+                    let other =
+                        if c.is_ascii_lowercase() { c.to_ascii_uppercase() } else { c.to_ascii_lowercase() };
+                    self.held.remove(&other.into())
+                })
+            };
             if let Some(key) = known.or_else(twin) {
                 input.send(&[Event::Key(key, false)]);
             }

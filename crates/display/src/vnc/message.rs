@@ -161,15 +161,27 @@ mod tests {
             read(&[4, 1, 0, 0, 0, 0, 0xff, 0x0d]).unwrap(),
             ClientMessage::Key { down: true, keysym: 0xff0d, code: None }
         );
-        assert_eq!(read(&[2, 0, 0, 2, 0, 0, 0, 16, 0xff, 0xff, 0xff, 0x11]).unwrap(), ClientMessage::SetEncodings(vec![16, -239]));
+        assert_eq!(
+            read(&[2, 0, 0, 2, 0, 0, 0, 16, 0xff, 0xff, 0xff, 0x11]).unwrap(),
+            ClientMessage::SetEncodings(vec![16, -239])
+        );
         assert_eq!(read(&[5, 4, 0, 10, 0, 20]).unwrap(), ClientMessage::Pointer { buttons: 4, at: (10, 20) });
-        assert_eq!(read(&[6, 0, 0, 0, 0, 0, 0, 2, b'h', b'i']).unwrap(), ClientMessage::CutText(b"hi".to_vec()));
-        assert_eq!(read(&[6, 0, 0, 0, 0xff, 0xff, 0xff, 0xfb, 1, 0, 0, 1, 9]).unwrap(), ClientMessage::Clipboard(0x0100_0001, vec![9]));
+        assert_eq!(
+            read(&[6, 0, 0, 0, 0, 0, 0, 2, b'h', b'i']).unwrap(),
+            ClientMessage::CutText(b"hi".to_vec())
+        );
+        assert_eq!(
+            read(&[6, 0, 0, 0, 0xff, 0xff, 0xff, 0xfb, 1, 0, 0, 1, 9]).unwrap(),
+            ClientMessage::Clipboard(0x0100_0001, vec![9])
+        );
         for bad in [&[1][..], &[255, 9], &[248, 0, 0, 0, 0, 0, 0, 0, 65], &[6, 0, 0, 0, 0x80, 0, 0, 0]] {
             assert_eq!(read(bad).unwrap_err().kind(), io::ErrorKind::InvalidData, "{bad:?}");
         }
         // Longer than anybody copies: read over, in bounded memory, until the viewer stops sending.
-        assert_eq!(read(&[6, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            read(&[6, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff]).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
     }
 
     proptest! {

@@ -9,7 +9,8 @@ pub(super) struct File {
 
 include!(concat!(env!("OUT_DIR"), "/page.rs"));
 
-const MISSING: &str = "This program was built without the noVNC page. Any noVNC elsewhere can connect to this address.\n";
+const MISSING: &str =
+    "This program was built without the noVNC page. Any noVNC elsewhere can connect to this address.\n";
 
 /// The answer to a request for a file.
 pub(super) fn answer(path: &str) -> Vec<u8> {

@@ -38,7 +38,8 @@ impl PixelFormat {
     /// # Errors
     /// A format that no server could serve.
     pub fn parse(raw: &[u8; 16]) -> io::Result<Self> {
-        let bad = || io::Error::new(io::ErrorKind::InvalidData, format!("impossible pixel format {raw:02x?}"));
+        let bad =
+            || io::Error::new(io::ErrorKind::InvalidData, format!("impossible pixel format {raw:02x?}"));
         let bits = raw[0];
         if !matches!(bits, 8 | 16 | 32) {
             return Err(bad());
@@ -77,13 +78,17 @@ impl PixelFormat {
 
     /// The colours of the colour map: red, green, blue, of 16 bits each.
     pub fn colour_map() -> impl Iterator<Item = [u16; 3]> {
-        (0..256u32).map(|i| [i >> 5 & 7, i >> 2 & 7, i & 3]).map(|[r, g, b]| {
-            [(r * 0xffff / 7) as u16, (g * 0xffff / 7) as u16, (b * 0xffff / 3) as u16]
-        })
+        (0..256u32)
+            .map(|i| [i >> 5 & 7, i >> 2 & 7, i & 3])
+            .map(|[r, g, b]| [(r * 0xffff / 7) as u16, (g * 0xffff / 7) as u16, (b * 0xffff / 3) as u16])
     }
 
     fn way(&self) -> Way {
-        if self.bits == 32 && self.max == [255; 3] && self.shift == [16, 8, 0] { Way::Same } else { Way::General }
+        if self.bits == 32 && self.max == [255; 3] && self.shift == [16, 8, 0] {
+            Way::Same
+        } else {
+            Way::General
+        }
     }
 
     /// A pixel 0x00RRGGBB as the number that the viewer means.
@@ -96,7 +101,11 @@ impl PixelFormat {
             let (value, max) = (pixel >> at & 0xff, u32::from(self.max[i]));
             // Maxima are of the form 2^n - 1.
             let bits = (max + 1).trailing_zeros();
-            let scaled = if bits <= 8 { value >> (8 - bits) } else { value << (bits - 8) | value >> 8u32.saturating_sub(bits - 8) };
+            let scaled = if bits <= 8 {
+                value >> (8 - bits)
+            } else {
+                value << (bits - 8) | value >> 8u32.saturating_sub(bits - 8)
+            };
             (scaled & max) << self.shift[i]
         };
         part(0, 16) | part(1, 8) | part(2, 0)
@@ -178,7 +187,14 @@ mod tests {
 
     #[test]
     fn formats() {
-        let f = PixelFormat { bits: 16, depth: 16, big_endian: true, max: [31, 63, 31], shift: [11, 5, 0], mapped: false };
+        let f = PixelFormat {
+            bits: 16,
+            depth: 16,
+            big_endian: true,
+            max: [31, 63, 31],
+            shift: [11, 5, 0],
+            mapped: false,
+        };
         assert_eq!(PixelFormat::parse(&f.to_bytes()).unwrap(), f);
         let mut out = Vec::new();
         f.put(f.convert(0xff_8000), &mut out);

@@ -114,7 +114,8 @@ impl Scroll {
         for y in 0..=new.len() {
             let from = y as isize + distance;
             let same = y < new.len()
-                && usize::try_from(from).is_ok_and(|f| old.get(f).is_some_and(|row| *row != 0 && *row == new[y]));
+                && usize::try_from(from)
+                    .is_ok_and(|f| old.get(f).is_some_and(|row| *row != 0 && *row == new[y]));
             match (same, start) {
                 (true, None) => start = Some(y),
                 (false, Some(first)) => {

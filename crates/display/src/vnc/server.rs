@@ -189,9 +189,13 @@ impl Server {
         let open = options.tls.is_none() && !address.starts_with("127.") && !address.starts_with("[::1]");
         if open && matches!(place, Address::Display(..)) {
             if options.password || options.initial_password.is_some() {
-                tracing::warn!("VNC at {address}: screen and keys travel unencrypted, protected by a weak password; use tls-creds=");
+                tracing::warn!(
+                    "VNC at {address}: screen and keys travel unencrypted, protected by a weak password; use tls-creds="
+                );
             } else {
-                tracing::warn!("VNC at {address}: anybody who reaches it controls the guest; use 127.0.0.1:N, or tls-creds= and password=");
+                tracing::warn!(
+                    "VNC at {address}: anybody who reaches it controls the guest; use 127.0.0.1:N, or tls-creds= and password="
+                );
             }
         }
         let password = Mutex::new(options.initial_password.clone());
@@ -222,7 +226,10 @@ impl Server {
     fn listen(place: &Address, to: Option<u16>) -> Result<(Listener, String, u16), VncError> {
         match place {
             Address::Unix(path) => {
-                let host = |source| VncError::Host { what: format!("cannot listen at '{}'", path.display()), source };
+                let host = |source| VncError::Host {
+                    what: format!("cannot listen at '{}'", path.display()),
+                    source,
+                };
                 // A socket that nobody serves any more may be replaced.
                 if std::os::unix::net::UnixStream::connect(path)
                     .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
@@ -238,12 +245,16 @@ impl Server {
                 loop {
                     match bind(host, Address::port(number)) {
                         Ok(listener) => {
-                            let address = listener.local_addr().map_or_else(|_| host.clone(), |a| a.to_string());
+                            let address =
+                                listener.local_addr().map_or_else(|_| host.clone(), |a| a.to_string());
                             return Ok((Listener::Tcp(listener), address, number));
                         }
                         Err(e) if e.kind() == io::ErrorKind::AddrInUse && number < last => number += 1,
                         Err(source) => {
-                            let what = format!("cannot listen at {host}:{} (display {number})", Address::port(number));
+                            let what = format!(
+                                "cannot listen at {host}:{} (display {number})",
+                                Address::port(number)
+                            );
                             return Err(VncError::Host { what, source });
                         }
                     }
@@ -319,17 +330,20 @@ fn accept(shared: &Arc<Shared>, listener: &Listener, web: bool) {
             pending.insert(id, socket.clone());
         }
         let theirs = shared.clone();
-        let spawned = std::thread::Builder::new().name("vnc-viewer".into()).stack_size(512 << 10).spawn(move || {
-            let peer = socket.peer();
-            let result = theirs.serve(id, &socket, web, &peer);
-            lock(&theirs.pending).remove(&id);
-            lock(&theirs.sessions).remove(&id);
-            socket.close();
-            match result {
-                Err(e) if e.kind() != io::ErrorKind::UnexpectedEof => tracing::info!("VNC viewer {peer}: {e}"),
-                _ => tracing::debug!("VNC viewer {peer} has left"),
-            }
-        });
+        let spawned =
+            std::thread::Builder::new().name("vnc-viewer".into()).stack_size(512 << 10).spawn(move || {
+                let peer = socket.peer();
+                let result = theirs.serve(id, &socket, web, &peer);
+                lock(&theirs.pending).remove(&id);
+                lock(&theirs.sessions).remove(&id);
+                socket.close();
+                match result {
+                    Err(e) if e.kind() != io::ErrorKind::UnexpectedEof => {
+                        tracing::info!("VNC viewer {peer}: {e}")
+                    }
+                    _ => tracing::debug!("VNC viewer {peer} has left"),
+                }
+            });
         if let Err(e) = spawned {
             tracing::warn!("VNC: no thread for another viewer: {e}");
             if let Some(socket) = lock(&shared.pending).remove(&id) {

@@ -231,7 +231,9 @@ impl Session {
             || wants.size_answer.is_some()
             || wants.can.leds && wants.leds != Some(input.leds())
             || wants.can.pointer_kind && wants.absolute != Some(input.is_absolute())
-            || writer.viewer.news(|n| n.damage.touches(area) || n.resized || n.cursor && wants.can.cursor_of_any_kind())
+            || writer
+                .viewer
+                .news(|n| n.damage.touches(area) || n.resized || n.cursor && wants.can.cursor_of_any_kind())
     }
 
     // --- reading ----------------------------------------------------------------------------------------------------
@@ -301,7 +303,13 @@ impl Session {
             ClientMessage::SetDesktopSize(w, h) => {
                 let told = w > 0 && h > 0 && self.console.suggest_size(w.into(), h.into());
                 // 1: not allowed, 3: impossible.
-                let answer = if told { 0 } else if w == 0 || h == 0 { 3 } else { 1 };
+                let answer = if told {
+                    0
+                } else if w == 0 || h == 0 {
+                    3
+                } else {
+                    1
+                };
                 self.lock().size_answer = Some(answer);
             }
             ClientMessage::Ignored => {}

@@ -288,7 +288,12 @@ fn viewers_that_misbehave_disturb_nobody() {
     let (mut deaf, _) = Client::enter(&b);
     for _ in 0..2000 {
         deaf.request(false, 200, 100);
-        if deaf.0.write_all(&[248, 0, 0, 0, 0x80, 0, 0, 0, 64]).and_then(|()| deaf.0.write_all(&[0; 64])).is_err() {
+        if deaf
+            .0
+            .write_all(&[248, 0, 0, 0, 0x80, 0, 0, 0, 64])
+            .and_then(|()| deaf.0.write_all(&[0; 64]))
+            .is_err()
+        {
             break;
         }
     }

@@ -19,9 +19,9 @@ pub struct TlsFiles {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, VncError> {
-    let wrong = |e: &dyn std::fmt::Display| VncError::Config(format!("certificate '{}': {e}", path.display()));
-    let all: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|e| wrong(&e))?.collect();
+    let wrong =
+        |e: &dyn std::fmt::Display| VncError::Config(format!("certificate '{}': {e}", path.display()));
+    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|e| wrong(&e))?.collect();
     let all = all.map_err(|e| wrong(&e))?;
     if all.is_empty() {
         return Err(wrong(&"there is none in it"));

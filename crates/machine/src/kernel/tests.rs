@@ -11,7 +11,11 @@ fn ram(mib: u64) -> GuestMemory {
 
 fn tables(memory: &GuestMemory) -> Tables {
     let ram = |start, len| E820 { start, len, kind: E820::RAM };
-    Tables { rsdp: Some(0xe0000), e820: vec![ram(0, 0x9fc00), ram(1 << 20, memory.total() - (1 << 20))], text_screen: true }
+    Tables {
+        rsdp: Some(0xe0000),
+        e820: vec![ram(0, 0x9fc00), ram(1 << 20, memory.total() - (1 << 20))],
+        text_screen: true,
+    }
 }
 
 fn file(bytes: &[u8]) -> NamedTempFile {

@@ -163,6 +163,18 @@ impl Vga {
         })
     }
 
+    /// Draws everything that is to be seen now.
+    pub fn draw(&self, canvas: &mut Canvas) {
+        match self.mode() {
+            Mode::Blank => {
+                canvas.set_size(720, 400);
+                canvas.clear(0);
+            }
+            Mode::Text(text) => self.draw_text(&text, canvas, &mut Vec::new(), true),
+            Mode::Graphics(graphics) => self.draw_graphics(&graphics, canvas, |_, _| true),
+        }
+    }
+
     /// Draws a graphics mode. `dirty` says whether any page of a range of video memory was written.
     pub(super) fn draw_graphics(&self, g: &Graphics, canvas: &mut Canvas, dirty: impl Fn(u64, u64) -> bool) {
         if !canvas.set_size(g.width, g.height) {

@@ -12,4 +12,5 @@ mod vbe;
 
 pub use self::core::{Ports, Vga};
 pub use pci::MODEL;
+pub(crate) use pci::{pack, unpack};
 use source::VgaSource;

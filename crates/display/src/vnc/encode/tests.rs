@@ -85,7 +85,8 @@ impl Decoder {
         width: usize,
     ) -> &'a [u8] {
         let mut c = Cursor(data);
-        let n: Vec<usize> = (0..4).map(|_| u16::from_be_bytes(c.take(2).try_into().unwrap()).into()).collect();
+        let n: Vec<usize> =
+            (0..4).map(|_| u16::from_be_bytes(c.take(2).try_into().unwrap()).into()).collect();
         let (x0, y0, w, h) = (n[0], n[1], n[2], n[3]);
         let encoding = c.u32();
         let mut set = |x: usize, y: usize, p: u32| picture[(y0 + y) * width + x0 + x] = p;
@@ -132,7 +133,11 @@ impl Decoder {
                                 let (xy, wh) = (c.u8(), c.u8());
                                 for y in 0..=usize::from(wh & 15) {
                                     for x in 0..=usize::from(wh >> 4) {
-                                        set(tx + usize::from(xy >> 4) + x, ty + usize::from(xy & 15) + y, colour);
+                                        set(
+                                            tx + usize::from(xy >> 4) + x,
+                                            ty + usize::from(xy & 15) + y,
+                                            colour,
+                                        );
                                     }
                                 }
                             }
@@ -178,7 +183,8 @@ impl Decoder {
                                 for _ in 0..th {
                                     let row = p.take((tw * bits).div_ceil(8));
                                     for x in 0..tw {
-                                        let at = row[x * bits / 8] >> (8 - bits - x * bits % 8) & ((1 << bits) - 1);
+                                        let at = row[x * bits / 8] >> (8 - bits - x * bits % 8)
+                                            & ((1 << bits) - 1);
                                         pixels.push(colours[usize::from(at)]);
                                     }
                                 }
@@ -245,7 +251,9 @@ impl Decoder {
                             let (x, y) = (i % w, i / w);
                             let pixel = match colours.len() {
                                 0 => p.tight(f),
-                                2 => colours[usize::from(plain[y * w.div_ceil(8) + x / 8] >> (7 - x % 8) & 1)],
+                                2 => {
+                                    colours[usize::from(plain[y * w.div_ceil(8) + x / 8] >> (7 - x % 8) & 1)]
+                                }
                                 _ => colours[usize::from(plain[i])],
                             };
                             set(x, y, pixel);
@@ -282,7 +290,13 @@ fn picture(w: u32, h: u32, seed: u32, kind: u8) -> Frame {
             *p = match kind {
                 0 => s & 0xff_ffff,
                 1 => [0, 0xff_ffff, 0xff_0000][s as usize % 3],
-                2 => if (x as u32 / 7 + y / 9) % 5 == 0 { 0x12_3456 } else { 0xee_eeee },
+                2 => {
+                    if (x as u32 / 7 + y / 9) % 5 == 0 {
+                        0x12_3456
+                    } else {
+                        0xee_eeee
+                    }
+                }
                 3 => 0x33_6699,
                 4 => (x as u32 / 3) << 16 | (y / 2) << 8,
                 _ => s % 40 * 0x01_0307,

@@ -39,7 +39,11 @@ fn compact_length(length: usize, out: &mut Vec<u8>) {
     match length {
         0..0x80 => out.push(length as u8),
         0x80..0x4000 => out.extend([(length & 0x7f) as u8 | 0x80, (length >> 7) as u8]),
-        _ => out.extend([(length & 0x7f) as u8 | 0x80, (length >> 7 & 0x7f) as u8 | 0x80, (length >> 14) as u8]),
+        _ => out.extend([
+            (length & 0x7f) as u8 | 0x80,
+            (length >> 7 & 0x7f) as u8 | 0x80,
+            (length >> 14) as u8,
+        ]),
     }
 }
 
@@ -73,7 +77,8 @@ impl Encoder {
 
     fn classify(&mut self, frame: &Frame, cell: Rect) -> Class {
         let first = frame.span(cell.x, cell.y, 1).first().copied().unwrap_or(0);
-        let solid = (cell.y..cell.y + cell.h).all(|y| frame.span(cell.x, y, cell.w).iter().all(|p| *p == first));
+        let solid =
+            (cell.y..cell.y + cell.h).all(|y| frame.span(cell.x, y, cell.w).iter().all(|p| *p == first));
         if solid {
             return Class::Solid(first);
         }
@@ -157,7 +162,12 @@ impl Encoder {
         let mut rgb = std::mem::take(&mut self.plain);
         rgb.clear();
         for y in rect.y..rect.y + rect.h {
-            rgb.extend(frame.span(rect.x, y, rect.w).iter().flat_map(|p| [(p >> 16) as u8, (p >> 8) as u8, *p as u8]));
+            rgb.extend(
+                frame
+                    .span(rect.x, y, rect.w)
+                    .iter()
+                    .flat_map(|p| [(p >> 16) as u8, (p >> 8) as u8, *p as u8]),
+            );
         }
         let mut packed = Vec::with_capacity(rgb.len() / 8);
         let mut encoder = jpeg_encoder::Encoder::new(&mut packed, percent);

@@ -67,7 +67,8 @@ impl Encoder {
         let height = pixels.len() / width;
         let (packed, palette_runs) = match colours {
             Some(n) => {
-                let packed = if bits == 0 { usize::MAX } else { n * size + (width * bits).div_ceil(8) * height };
+                let packed =
+                    if bits == 0 { usize::MAX } else { n * size + (width * bits).div_ceil(8) * height };
                 (packed, n * size + palette_runs)
             }
             None => (usize::MAX, usize::MAX),
