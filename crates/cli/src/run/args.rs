@@ -7,10 +7,10 @@ use crate::{Failure, chardev};
 use base::props::{Bag, Properties, parse_keyval};
 use bus::Chardev;
 use devices::{find_model, models};
-use machine::blueprint::{Blueprint, BoardSpec, MemorySpec};
 use display::FrontEnd;
 use display::input::Keymap;
-use machine::blueprint::{BlockSpec, Blueprint, BoardSpec, MemorySpec};
+use machine::blueprint::{Blueprint, BoardSpec, MemorySpec};
+
 use machine::control::{Actions, RebootAction};
 use machine::kernel::{EntryMode, KernelSpec};
 use machine::topology::SmpSpec;

@@ -7,9 +7,9 @@
 pub mod balloon;
 pub mod blk;
 pub mod console;
-pub mod net;
 pub mod gpu;
 pub mod input;
+pub mod net;
 pub mod rng;
 pub mod scsi;
 #[cfg(test)]

@@ -65,10 +65,6 @@ impl Resource {
         u64::from(width) * u64::from(height) * 4
     }
 
-    pub(super) fn bounds(&self) -> Rect {
-        Rect::new(0, 0, self.width, self.height)
-    }
-
     pub(super) fn contains(&self, r: Rect) -> bool {
         let inside =
             |start: u32, length: u32, all: u32| start.checked_add(length).is_some_and(|end| end <= all);
