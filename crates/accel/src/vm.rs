@@ -167,8 +167,69 @@ pub trait Vcpu: Send {
         full.msrs.extend_from_slice(&state.msrs);
         self.load(&full)
     }
+    /// Sets what a debugger outside the guest wants; the default is nothing. Only while `run` is not active.
+    ///
+    /// # Errors
+    /// The accelerator or the host cannot do it.
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        if *debug == GuestDebug::default() {
+            return Ok(());
+        }
+        Err(crate::Error::Unsupported("this accelerator has no support for debuggers".into()))
+    }
     /// A handle with which any thread makes [`Self::run`] return soon (now, or at its next call).
     fn kicker(&self) -> Kicker;
+}
+
+/// What a hardware breakpoint waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BreakKind {
+    /// Execution.
+    Execute,
+    /// A write.
+    Write,
+    /// A read or a write.
+    Access,
+}
+
+/// A hardware breakpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HardwareBreak {
+    /// Linear address, aligned to the length.
+    pub address: u64,
+    /// What it waits for.
+    pub kind: BreakKind,
+    /// Bytes: 1, 2, 4 or 8; 1 for execution.
+    pub len: u8,
+}
+
+impl HardwareBreak {
+    /// The bits of DR7 that make breakpoint `n` of it (Intel SDM volume 3, 18.2.4).
+    pub fn dr7(&self, n: usize) -> u64 {
+        let kind = match self.kind {
+            BreakKind::Execute => 0,
+            BreakKind::Write => 1,
+            BreakKind::Access => 3,
+        };
+        let len = match self.len {
+            2 => 1,
+            4 => 3,
+            8 => 2,
+            _ => 0,
+        };
+        2 << (2 * n) | (kind | len << 2) << (16 + 4 * n)
+    }
+}
+
+/// What a debugger outside the guest wants of a vCPU. Stops are [`Exit::Debug`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestDebug {
+    /// Stop after one instruction; interrupts wait meanwhile.
+    pub single_step: bool,
+    /// Linear addresses where the debugger has written INT3: they stop, instead of reaching the guest.
+    pub software: Vec<u64>,
+    /// Breakpoints of the processor, at most four; the guest's own do nothing while there are any.
+    pub hardware: Vec<HardwareBreak>,
 }
 
 /// Makes a vCPU leave [`Vcpu::run`].

@@ -10,7 +10,7 @@ use crate::vcpu::VcpuThread;
 use crate::{Acceleration, Error, NetdevInfo, Result, kernel};
 use accel::{CpuState, Exit, SystemEvent};
 use bus::{Chardev, SystemRequest};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, mpsc};
 
 /// Character devices by id, made by the front door.
@@ -49,6 +49,7 @@ pub struct Machine {
     /// What to do at the guest's ends; changes take effect at once.
     pub actions: Actions,
     ending: Option<Outcome>,
+    saved_bytes: BTreeMap<u64, u8>,
 }
 
 impl Machine {
@@ -96,6 +97,7 @@ impl Machine {
             shared,
             actions,
             ending: None,
+            saved_bytes: BTreeMap::new(),
         })
     }
 
@@ -318,6 +320,32 @@ impl Machine {
         self.shared.tell(&Notice::Resume);
         self.vcpus.iter().for_each(VcpuThread::run);
         Ok(())
+    }
+
+    /// As [`Self::resume`], but only one vCPU runs, for a debugger's step.
+    ///
+    /// # Errors
+    /// As for [`Self::resume`].
+    pub fn resume_only(&mut self, index: Option<u32>) -> Result<()> {
+        let Some(index) = index else { return self.resume() };
+        let state = self.state();
+        if state == RunState::Running || state.needs_reset() {
+            return Err(Error::Config(format!("a step is not possible in state '{}'", state.name())));
+        }
+        let thread = self.vcpus.get(index as usize);
+        if thread.is_none() {
+            return Err(Error::Config(format!("there is no vCPU {index}")));
+        }
+        self.built.start()?;
+        self.shared.set_state(RunState::Running);
+        self.shared.tell(&Notice::Resume);
+        thread.into_iter().for_each(VcpuThread::run);
+        Ok(())
+    }
+
+    /// What debuggers' software breakpoints have replaced, by linear address.
+    pub fn saved_bytes(&mut self) -> &mut BTreeMap<u64, u8> {
+        &mut self.saved_bytes
     }
 
     /// Stops vCPUs, devices and the guest's time. A machine that is stopped already only changes from prelaunch.

@@ -6,6 +6,7 @@
 //! - [`serve`]: a monitor on a character device.
 
 mod context;
+pub mod gdb;
 pub mod hmp;
 mod output;
 pub mod qmp;

@@ -46,6 +46,9 @@ pub(crate) fn main(program: &str, args: &[String]) -> Result<u8> {
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
     let remote = machine.remote();
     let context = start_monitors(&plan, &opened, &remote, &acceleration)?;
+    if let Some(text) = &plan.gdb {
+        serve_debugger(text, &remote)?;
+    }
     watch_signals(remote.clone())?;
     for o in opened.values() {
         let remote = remote.clone();
@@ -202,6 +205,27 @@ fn start_monitors(
         monitor::serve(&context, chardev, *mode).map_err(fail)?;
     }
     Ok(context)
+}
+
+/// `-gdb`: lets debuggers connect.
+fn serve_debugger(text: &str, remote: &Remote) -> Result<()> {
+    if text == "none" {
+        return Ok(());
+    }
+    let at = |e: &dyn std::fmt::Display| Error::new(format!("-gdb {text}: {e}"));
+    let mut bag = chardev::shorthand(text).map_err(|e| at(&e))?;
+    bag.id = Some("gdb".into());
+    if bag.driver == "socket" {
+        // It listens, and the machine does not wait.
+        for (key, value) in [("server", true), ("wait", false), ("nodelay", true)] {
+            bag.props.insert(key.into(), value.into());
+        }
+        if !bag.props.contains_key("path") && !bag.props.contains_key("host") {
+            bag.props.insert("host".into(), "127.0.0.1".into());
+        }
+    }
+    let made = chardev::open(&bag).map_err(|e| at(&e))?;
+    monitor::gdb::serve(remote, made.chardev).map_err(|e| at(&e))
 }
 
 /// Signals end the machine in order, and monitors are told.

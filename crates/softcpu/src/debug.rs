@@ -4,7 +4,7 @@
 use crate::exec::dr6;
 use crate::fault::{Exception, Res, vector};
 use crate::state::{Cpu, Mode, cr, fl, seg};
-use accel::Exit;
+use accel::{DebugExit, Exit, GuestDebug};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::fmt::Write;
 
@@ -12,7 +12,75 @@ const DR6_FIXED: u64 = 0xffff_0ff0;
 const DR6_WRITABLE: u64 = 0xe00f;
 const DR7_GD: u64 = 1 << 13;
 
+/// What a debugger outside the guest wants.
+#[derive(Clone, Debug, Default)]
+pub struct Debugger {
+    step: bool,
+    software: Vec<u64>,
+    /// Hardware breakpoints as the debug registers would hold them; they take the place of the guest's.
+    hardware: Option<([u64; 4], u64)>,
+}
+
 impl Cpu {
+    /// Sets what a debugger outside the guest wants.
+    pub fn set_debugger(&mut self, debug: &GuestDebug) {
+        let mut registers = ([0; 4], 0x400);
+        for (n, b) in debug.hardware.iter().take(4).enumerate() {
+            registers.0[n] = b.address;
+            registers.1 |= b.dr7(n);
+        }
+        self.debugger = (*debug != GuestDebug::default()).then(|| {
+            Box::new(Debugger {
+                step: debug.single_step,
+                software: debug.software.clone(),
+                hardware: (!debug.hardware.is_empty()).then_some(registers),
+            })
+        });
+        self.debug_changed();
+    }
+
+    /// DR7 that is in effect.
+    pub(crate) fn active_dr7(&self) -> u64 {
+        match self.debugger.as_ref().and_then(|d| d.hardware.as_ref()) {
+            Some((_, dr7)) => *dr7,
+            None => self.dr7,
+        }
+    }
+
+    fn active_dr(&self, n: usize) -> u64 {
+        match self.debugger.as_ref().and_then(|d| d.hardware.as_ref()) {
+            Some((dr, _)) => dr[n],
+            None => self.dr[n],
+        }
+    }
+
+    /// Whether the debugger wants one instruction only.
+    pub(crate) fn debugger_steps(&self) -> bool {
+        self.debugger.as_ref().is_some_and(|d| d.step)
+    }
+
+    /// The debugger's stop, if an exception is one. RIP is then at the breakpoint, or after the step.
+    pub(crate) fn debugger_stop(&mut self, e: &Exception) -> Option<Exit> {
+        let d = self.debugger.as_ref()?;
+        let stop = |pc, dr6, vector| Some(Exit::Debug(DebugExit { pc, dr6, vector }));
+        match e.vector {
+            vector::BP => {
+                let at = self.rip.wrapping_sub(1);
+                let pc = self.fetch_address(at);
+                if !d.software.contains(&pc) {
+                    return None;
+                }
+                self.rip = at;
+                stop(pc, 0, vector::BP)
+            }
+            vector::DB => {
+                let ours = d.step && e.dr6 & dr6::BS != 0 || d.hardware.is_some() && e.dr6 & 0xf != 0;
+                if ours { stop(self.fetch_address(self.rip), e.dr6, vector::DB) } else { None }
+            }
+            _ => None,
+        }
+    }
+
     fn debug_register(&mut self, n: u8) -> Res<u8> {
         if n == 4 || n == 5 {
             if self.cr4 & cr::CR4_DE != 0 {
@@ -64,7 +132,7 @@ impl Cpu {
     pub(crate) fn debug_changed(&mut self) {
         let watched: Vec<u64> = (0..4)
             .filter(|n| self.enabled(*n) && self.condition(*n) & 1 != 0)
-            .map(|n| self.dr[n] & crate::mmu::PAGE_MASK)
+            .map(|n| self.active_dr(n) & crate::mmu::PAGE_MASK)
             .collect();
         if watched != self.mmu.watched {
             self.mmu.watched = watched;
@@ -74,17 +142,17 @@ impl Cpu {
     }
 
     fn enabled(&self, n: usize) -> bool {
-        self.dr7 >> (2 * n) & 3 != 0
+        self.active_dr7() >> (2 * n) & 3 != 0
     }
 
     /// 0: execution, 1: write, 2: port, 3: read or write.
     fn condition(&self, n: usize) -> u64 {
-        self.dr7 >> (16 + 4 * n) & 3
+        self.active_dr7() >> (16 + 4 * n) & 3
     }
 
     /// Length of a data breakpoint in bytes.
     fn length(&self, n: usize) -> u64 {
-        match self.dr7 >> (18 + 4 * n) & 3 {
+        match self.active_dr7() >> (18 + 4 * n) & 3 {
             0 => 1,
             1 => 2,
             2 => 8,
@@ -96,7 +164,7 @@ impl Cpu {
     pub(crate) fn check_data_breakpoints(&mut self, lin: u64, len: u64, write: bool) {
         for n in 0..4 {
             let size = self.length(n);
-            let at = self.dr[n] & !(size - 1);
+            let at = self.active_dr(n) & !(size - 1);
             let meets = lin < at.wrapping_add(size) && at < lin.wrapping_add(len);
             let kind = match self.condition(n) {
                 1 => write,
@@ -111,12 +179,12 @@ impl Cpu {
 
     /// Raises #DB if there is a breakpoint on the instruction at RIP. Returns whether there was.
     pub(crate) fn instruction_breakpoint(&mut self) -> Result<bool, Exit> {
-        if self.dr7 & 0xff == 0 || self.flags & fl::RF != 0 {
+        if self.active_dr7() & 0xff == 0 || self.flags & fl::RF != 0 {
             return Ok(false);
         }
         let lin = self.fetch_address(self.rip);
         let hits = (0..4)
-            .filter(|n| self.enabled(*n) && self.condition(*n) == 0 && self.dr[*n] == lin)
+            .filter(|n| self.enabled(*n) && self.condition(*n) == 0 && self.active_dr(*n) == lin)
             .fold(0, |bits, n| bits | 1 << n);
         if hits == 0 {
             return Ok(false);

@@ -47,6 +47,11 @@ fn contributory(v: u8) -> bool {
 impl Cpu {
     /// Delivers an exception that an instruction raised. Returns why to leave if that is not possible.
     pub(crate) fn take_exception(&mut self, e: Exception) -> Option<Exit> {
+        if self.debugger.is_some()
+            && let Some(exit) = self.debugger_stop(&e)
+        {
+            return Some(exit);
+        }
         self.stats.exceptions += 1;
         let mut current = e;
         let mut first: Option<u8> = None;

@@ -312,7 +312,7 @@ impl Cpu {
                 if self.traced {
                     self.trace_instruction();
                 }
-                self.step_armed = self.flags & fl::TF != 0;
+                self.step_armed = self.flags & fl::TF != 0 || self.debugger_steps();
                 match self.instruction_breakpoint() {
                     Ok(true) => continue,
                     Ok(false) => {}
@@ -331,6 +331,10 @@ impl Cpu {
         if let Some(e) = self.injected.take() {
             self.mp_state = MpState::Runnable;
             return self.take_exception(e).map_or(Ok(true), Err);
+        }
+        if self.debugger_steps() && self.mp_state != MpState::Halted {
+            // A step is not into an interrupt's handler.
+            return Ok(false);
         }
         if self.nmi_pending && !self.nmi_masked {
             self.nmi_pending = false;
@@ -415,7 +419,7 @@ impl Cpu {
         if self.cpl == 3 {
             m |= Mode::USER;
         }
-        let breakpoints = self.dr7 & 0xff != 0;
+        let breakpoints = self.active_dr7() & 0xff != 0 || self.debugger_steps();
         if self.shadow || self.flags & fl::TF != 0 || breakpoints || self.traced {
             m |= Mode::STEP;
         }

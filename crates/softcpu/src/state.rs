@@ -323,6 +323,8 @@ pub struct Cpu {
     pub shadow: bool,
     /// #DB bits (as in DR6) found while an instruction ran, to be raised when it has completed.
     pub pending_db: u64,
+    /// What a debugger outside the guest wants; with hardware breakpoints of its own, `dr` and `dr7` are not looked at.
+    pub debugger: Option<Box<crate::debug::Debugger>>,
     /// What translated code needs beside the above.
     pub jit: crate::translate::State,
     /// Floating-point and vector registers.

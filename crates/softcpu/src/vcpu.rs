@@ -9,7 +9,7 @@ use crate::msr::{self, Msrs};
 use crate::state::{Cpu, Mode, Seg, Stats, Table, attr, cr, fl, seg};
 use crate::vm::Shared;
 use accel::state::{Events, MpState, Segment};
-use accel::{CpuIo, CpuState, Error, Exit, Kicker, Result, Signal, Vcpu, VcpuConfig};
+use accel::{CpuIo, CpuState, Error, Exit, GuestDebug, Kicker, Result, Signal, Vcpu, VcpuConfig};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -74,6 +74,7 @@ impl SoftVcpu {
             apic_id: config.apic_id,
             shadow: false,
             pending_db: 0,
+            debugger: None,
             jit: Default::default(),
             fpu: Fpu::new(),
             msr: Msrs::default(),
@@ -132,6 +133,11 @@ impl Vcpu for SoftVcpu {
 
     fn load(&mut self, state: &CpuState) -> Result<()> {
         self.cpu.load_state(state)
+    }
+
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        self.cpu.set_debugger(debug);
+        Ok(())
     }
 
     fn kicker(&self) -> Kicker {

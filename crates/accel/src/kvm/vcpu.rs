@@ -5,8 +5,10 @@ use super::run::{MmioAccess, PortAccess, Runner};
 use super::stats::{Counter, Counters};
 use super::vm::Inner;
 use super::{cpuid, dump, host, msrs, state};
-use crate::{CpuIo, CpuState, DebugExit, Error, Exit, Kicker, Result, SystemEvent, Vcpu, VcpuConfig};
+use crate::{CpuIo, CpuState, DebugExit, Error, Exit, GuestDebug, Kicker, Result, SystemEvent, Vcpu, VcpuConfig};
 use kvm_bindings::{
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug, kvm_guest_debug_arch,
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_UNKNOWN,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -18,6 +20,9 @@ use std::sync::atomic::{Ordering, compiler_fence};
 /// store and PEBS not available (Intel SDM vol. 4, 2.1).
 const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
 
+/// Vector of INT3.
+const BREAKPOINT: u32 = 3;
+
 pub(super) struct KvmVcpu {
     // First, so that the descriptor is closed before the VM's memory goes.
     runner: Runner,
@@ -27,6 +32,7 @@ pub(super) struct KvmVcpu {
     counters: Arc<Counters>,
     /// The kernel finishes an access at the next KVM_RUN: the state is between instructions only after it.
     pending: bool,
+    debug: GuestDebug,
 }
 
 impl KvmVcpu {
@@ -48,7 +54,7 @@ impl KvmVcpu {
         }
         let runner = Runner::new(fd, vm.fd().run_size());
         let counters = vm.add_counters();
-        Ok(Self { runner, vm, index, kick: Arc::default(), counters, pending: false })
+        Ok(Self { runner, vm, index, kick: Arc::default(), counters, pending: false, debug: GuestDebug::default() })
     }
 
     /// Deals with a return of KVM_RUN, if it is one of those that the guest's own devices cause.
@@ -83,6 +89,13 @@ impl KvmVcpu {
             },
             KVM_EXIT_DEBUG => {
                 let debug = self.runner.debug();
+                if debug.exception == BREAKPOINT && !self.debug.software.contains(&debug.pc) {
+                    // The guest's own.
+                    return match self.guest_debug(KVM_GUESTDBG_INJECT_BP) {
+                        Ok(()) => None,
+                        Err(e) => trouble(self.report(&format!("cannot pass a breakpoint to the guest: {e}"))),
+                    };
+                }
                 Some(Exit::Debug(DebugExit { pc: debug.pc, dr6: debug.dr6, vector: debug.exception as u8 }))
             }
             KVM_EXIT_INTERNAL_ERROR => {
@@ -110,6 +123,39 @@ impl KvmVcpu {
             "KVM cannot access the host memory behind the guest's{at}: {error} (out of huge pages, a truncated memory \
              file, or failing memory)"
         )))
+    }
+
+    /// Tells the kernel what the debugger wants.
+    fn guest_debug(&self, more: u32) -> Result<()> {
+        let mut control = more;
+        let mut arch = kvm_guest_debug_arch::default();
+        let d = &self.debug;
+        if *d != GuestDebug::default() {
+            control |= KVM_GUESTDBG_ENABLE;
+        }
+        if d.single_step {
+            control |= KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
+        }
+        if !d.software.is_empty() {
+            control |= KVM_GUESTDBG_USE_SW_BP;
+        }
+        if !d.hardware.is_empty() {
+            control |= KVM_GUESTDBG_USE_HW_BP;
+            arch.debugreg[7] = 0x400;
+            for (n, b) in d.hardware.iter().take(4).enumerate() {
+                arch.debugreg[n] = b.address;
+                arch.debugreg[7] |= b.dr7(n);
+            }
+        }
+        let set = |control| self.runner.fd().set_guest_debug(&kvm_guest_debug { control, pad: 0, arch });
+        let result = match set(control) {
+            // Kernels before 5.16 cannot hold interrupts back.
+            Err(e) if e.errno() == libc::EINVAL && control & KVM_GUESTDBG_BLOCKIRQ != 0 => {
+                set(control & !KVM_GUESTDBG_BLOCKIRQ)
+            }
+            result => result,
+        };
+        result.map_err(host(format!("cannot set breakpoints of vCPU {}", self.index)))
     }
 
     /// A sentence followed by the state of the vCPU.
@@ -185,6 +231,11 @@ impl Vcpu for KvmVcpu {
     fn load_registers(&mut self, state: &CpuState) -> Result<()> {
         state::load_registers(self.runner.fd(), state)?;
         msrs::write(self.runner.fd(), &state.msrs)
+    }
+
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        self.debug = debug.clone();
+        self.guest_debug(0)
     }
 
     fn kicker(&self) -> Kicker {

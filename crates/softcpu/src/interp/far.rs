@@ -146,7 +146,7 @@ fn iret_flags(cpu: &mut Cpu, new: u64, bytes: u8, cpl: u8) {
         may |= fl::IF;
     }
     let mut f = cpu.rflags() & !may | new & may;
-    if cpu.dr7 & 0xff == 0 {
+    if cpu.active_dr7() & 0xff == 0 {
         // RF only matters to instruction breakpoints, and is gone after the next instruction.
         f &= !fl::RF;
     }
