@@ -201,8 +201,17 @@ fn daemon_with_pid_file() {
     let (socket, pid) = (dir.path().join("qmp"), dir.path().join("pid"));
     let monitor = format!("unix:{},server=on,wait=off", socket.display());
     let end = finish(&[
-        "-S", "-no-user-config", "-nodefaults", "-nographic", "-machine", "none,accel=kvm:tcg", "-qmp", &monitor,
-        "-pidfile", pid.to_str().unwrap(), "-daemonize",
+        "-S",
+        "-no-user-config",
+        "-nodefaults",
+        "-nographic",
+        "-machine",
+        "none,accel=kvm:tcg",
+        "-qmp",
+        &monitor,
+        "-pidfile",
+        pid.to_str().unwrap(),
+        "-daemonize",
     ]);
     assert_eq!(end.status, Some(0), "{}", end.stderr);
     let number = std::fs::read_to_string(&pid).unwrap();
@@ -238,7 +247,11 @@ fn protocol() {
         ("{\"execute\":\"qom-get\",\"arguments\":{\"path\":\"/\"}}", "GenericError", "'property' is missing"),
         ("{\"execute\":\"getfd\",\"arguments\":{\"fdname\":7}}", "GenericError", "expected: string"),
         ("{\"execute\":\"getfd\",\"arguments\":{\"fdname\":\"a\"}}", "GenericError", "SCM_RIGHTS"),
-        ("{\"execute\":\"set-action\",\"arguments\":{\"reboot\":\"b\"}}", "GenericError", "does not accept value 'b'"),
+        (
+            "{\"execute\":\"set-action\",\"arguments\":{\"reboot\":\"b\"}}",
+            "GenericError",
+            "does not accept value 'b'",
+        ),
         ("{\"a\" 1}", "GenericError", "JSON parse error"),
     ] {
         m.send(text);
@@ -249,7 +262,9 @@ fn protocol() {
     // Deep nesting, an id of any type, two commands without a separator.
     m.send(&format!("{}\n", "[".repeat(5000)));
     assert!(m.answer()["error"]["desc"].as_str().unwrap().contains("nesting depth"));
-    m.send("{\"execute\":\"query-status\",\"id\":{\"x\":[null]}}{\"execute\":\"query-version\",\"id\":\"b\"}");
+    m.send(
+        "{\"execute\":\"query-status\",\"id\":{\"x\":[null]}}{\"execute\":\"query-version\",\"id\":\"b\"}",
+    );
     assert_eq!(m.answer()["id"], json!({ "x": [null] }));
     assert_eq!(m.answer()["id"], "b");
 }
@@ -269,13 +284,30 @@ fn out_of_band() {
 /// Every command that needs no arguments answers in the shape that introspection promises.
 #[test]
 fn answers_match_the_schema() {
-    let mut m = Machine::ready(&["-machine", "q35", "-S", "-kernel", guest_or_skip(), "-device", "virtio-rng-pci,id=r"]);
+    let mut m = Machine::ready(&[
+        "-machine",
+        "q35",
+        "-S",
+        "-kernel",
+        guest_or_skip(),
+        "-device",
+        "virtio-rng-pci,id=r",
+    ]);
     let schema = m.run("query-qmp-schema", json!({}));
     let types: std::collections::HashMap<String, Value> = schema
         .as_array()
         .unwrap()
         .iter()
-        .map(|e| (format!("{}{}", if e["meta-type"] == "command" { "!" } else { "" }, e["name"].as_str().unwrap()), e.clone()))
+        .map(|e| {
+            (
+                format!(
+                    "{}{}",
+                    if e["meta-type"] == "command" { "!" } else { "" },
+                    e["name"].as_str().unwrap()
+                ),
+                e.clone(),
+            )
+        })
         .collect();
     let mut checked = 0;
     for entry in schema.as_array().unwrap().iter().filter(|e| e["meta-type"] == "command") {
@@ -344,9 +376,15 @@ fn fits(value: &Value, name: &str, types: &std::collections::HashMap<String, Val
             };
             assert!(good, "{at}: {value} is no {}", t["json-type"]);
         }
-        "enum" => assert!(t["values"].as_array().unwrap().contains(value), "{at}: {value} is not in {}", t["values"]),
+        "enum" => assert!(
+            t["values"].as_array().unwrap().contains(value),
+            "{at}: {value} is not in {}",
+            t["values"]
+        ),
         "array" => {
-            for (i, v) in value.as_array().unwrap_or_else(|| panic!("{at}: {value} is no list")).iter().enumerate() {
+            for (i, v) in
+                value.as_array().unwrap_or_else(|| panic!("{at}: {value} is no list")).iter().enumerate()
+            {
                 fits(v, t["element-type"].as_str().unwrap(), types, &format!("{at}[{i}]"));
             }
         }
@@ -369,7 +407,20 @@ fn fits(value: &Value, name: &str, types: &std::collections::HashMap<String, Val
 #[test]
 fn run_states_and_events() {
     let kernel = guest_or_skip();
-    let mut m = Machine::ready(&["-machine", "q35", "-S", "-m", "64", "-smp", "2", "-kernel", kernel, "-no-shutdown", "-name", "guest=t"]);
+    let mut m = Machine::ready(&[
+        "-machine",
+        "q35",
+        "-S",
+        "-m",
+        "64",
+        "-smp",
+        "2",
+        "-kernel",
+        kernel,
+        "-no-shutdown",
+        "-name",
+        "guest=t",
+    ]);
     assert_eq!(m.run("query-status", json!({}))["status"], "prelaunch");
     assert_eq!(m.run("query-name", json!({}))["name"], "t");
     m.run("cont", json!({}));
@@ -413,8 +464,11 @@ fn run_states_and_events() {
 fn monitors_that_never_read_hold_up_nobody() {
     let mut m = Machine::ready(&["-machine", "none", "-chardev", "null,id=x"]);
     let second = m.path("second");
-    m.run("chardev-add", json!({ "id": "c", "backend": { "type": "socket", "data": {
-        "addr": { "type": "unix", "data": { "path": second } }, "server": true, "wait": false } } }));
+    m.run(
+        "chardev-add",
+        json!({ "id": "c", "backend": { "type": "socket", "data": {
+        "addr": { "type": "unix", "data": { "path": second } }, "server": true, "wait": false } } }),
+    );
     // The first monitor's client sends without ever reading.
     let mut deaf = m.input.get_ref().try_clone().unwrap();
     deaf.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
@@ -449,7 +503,11 @@ fn character_devices() {
 fn options_in_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("vm.cfg");
-    std::fs::write(&file, "# comment\n[machine]\n  type = \"none\"\n[chardev \"c\"]\n  backend = \"ringbuf\"\n").unwrap();
+    std::fs::write(
+        &file,
+        "# comment\n[machine]\n  type = \"none\"\n[chardev \"c\"]\n  backend = \"ringbuf\"\n",
+    )
+    .unwrap();
     let mut m = Machine::ready(&["-readconfig", file.to_str().unwrap()]);
     let all = m.run("query-chardev", json!({}));
     assert!(all.as_array().unwrap().iter().any(|c| c["label"] == "c" && c["filename"] == "ringbuf"), "{all}");
@@ -491,7 +549,8 @@ asyncio.run(main())
 "#;
     let monitor = format!("unix:{},server=on,wait=off", second.display());
     std::fs::create_dir_all(second.parent().unwrap()).unwrap();
-    let mut child = qemu(&["-nodefaults", "-machine", "none", "-accel", "tcg", "-qmp", &monitor]).spawn().unwrap();
+    let mut child =
+        qemu(&["-nodefaults", "-machine", "none", "-accel", "tcg", "-qmp", &monitor]).spawn().unwrap();
     let until = Instant::now() + Duration::from_secs(30);
     while !second.exists() {
         assert!(Instant::now() < until);
@@ -499,7 +558,12 @@ asyncio.run(main())
     }
     let out = Command::new(cache.join("bin/python")).args(["-c", script]).arg(&second).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert_eq!(text, "prelaunch\nCommandNotFound\nhost-qmp-quit\n", "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(
+        text,
+        "prelaunch\nCommandNotFound\nhost-qmp-quit\n",
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     assert!(child.wait().unwrap().success());
 }
 
@@ -509,8 +573,22 @@ asyncio.run(main())
 fn nographic() {
     let (kernel, initrd) = (guest("bzImage"), guest("initramfs.cpio"));
     let mut command = qemu(&[
-        "-M", "q35", "-accel", "tcg", "-m", "256", "-nographic", "-kernel", &kernel, "-initrd", &initrd, "-append",
-        "console=ttyS0 quiet", "-no-reboot", "-nic", "none",
+        "-M",
+        "q35",
+        "-accel",
+        "tcg",
+        "-m",
+        "256",
+        "-nographic",
+        "-kernel",
+        &kernel,
+        "-initrd",
+        &initrd,
+        "-append",
+        "console=ttyS0 quiet",
+        "-no-reboot",
+        "-nic",
+        "none",
     ]);
     command.stdin(Stdio::piped());
     let mut run = Run::start(command, Duration::from_secs(300));

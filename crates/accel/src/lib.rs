@@ -15,7 +15,9 @@ pub use exit::{DebugExit, Exit, SystemEvent};
 pub use irq::{Doorbells, IoAddress, IrqFd, Irqs, LocalApic, MsrFault};
 pub use signals::{CpuSignals, Signal};
 pub use state::CpuState;
-pub use vm::{Accel, BreakKind, CpuIo, GuestDebug, HardwareBreak, Kicker, Slot, SlotId, Vcpu, VcpuConfig, Vm};
+pub use vm::{
+    Accel, BreakKind, CpuIo, GuestDebug, HardwareBreak, Kicker, Slot, SlotId, Vcpu, VcpuConfig, Vm,
+};
 
 /// What an accelerator could not do.
 #[derive(Debug, thiserror::Error)]

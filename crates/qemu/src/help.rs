@@ -158,10 +158,6 @@ pub(crate) fn chardevs(bag: Option<&Bag>) -> Result<String> {
     Ok(out)
 }
 
-pub(crate) fn netdevs() -> String {
-    "Available netdev backend types:\nuser\ntap\nsocket\n".into()
-}
-
 /// Checks a UUID and gives it in lower case with dashes.
 pub(crate) fn uuid(text: &str) -> Result<String> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();

@@ -10,6 +10,7 @@ mod daemon;
 mod drives;
 mod help;
 mod introspect;
+mod network;
 mod options;
 mod readconfig;
 mod run;

@@ -304,7 +304,10 @@ pub(crate) const OPTIONS: &[Opt] = &[
     no_flag("audio-help", "sound is not supported"),
     no_value("soundhw", "sound is not supported"),
     value("netdev", "KIND,id=ID[,option=value...] or JSON: a network back end", |c, v| {
-        if let Some(bag) = bag_or_help(c, v, "type", |_| Ok(help::netdevs()))? {
+        if let Some(bag) = crate::network::parse(c, v)? {
+            if bag.id.is_none() {
+                return Err(Error::new("Parameter 'id' is missing"));
+            }
             c.netdevs.push(bag);
         }
         Ok(())
@@ -317,7 +320,7 @@ pub(crate) const OPTIONS: &[Opt] = &[
                 c.no_nic = true;
                 return Ok(());
             }
-            if let Some(bag) = bag_or_help(c, v, "type", |_| Ok(help::netdevs()))? {
+            if let Some(bag) = crate::network::parse(c, v)? {
                 c.nics.push(bag);
             }
             Ok(())

@@ -94,6 +94,8 @@ pub(crate) fn plan(mut c: Command) -> Result<Plan> {
         drives::drive(&mut plan, &mut numbers, drive, c.snapshot)?;
     }
     consoles(&mut plan, &mut c)?;
+    graphics(&mut plan, &mut c)?;
+    crate::network::add(&mut plan, &mut c)?;
     plan.blueprint.devices.append(&mut c.devices);
     globals(&mut plan, &c)?;
     Ok(plan)
@@ -332,20 +334,27 @@ fn cpu(plan: &mut Plan, c: &Command) -> Result<()> {
     Ok(())
 }
 
+/// The graphics card.
+fn graphics(plan: &mut Plan, c: &mut Command) -> Result<()> {
+    let has_card = c.devices.iter().any(|d| d.driver == "VGA");
+    let board = plan.blueprint.machine.driver.as_str();
+    let default = if c.no_defaults || has_card || !["q35", "pc"].contains(&board) { "none" } else { "std" };
+    match c.vga.take().as_deref().unwrap_or(default) {
+        "none" => {}
+        "std" => plan.blueprint.devices.push(Bag::new("VGA")),
+        other => return Err(Error::new(format!("-vga {other}: not supported: use std or none"))),
+    }
+    Ok(())
+}
+
 /// Options whose parts of the machine are not there yet.
 fn unsupported_yet(c: &Command) -> Result<()> {
     let no = |what: &str, why: &str| Err(Error::new(format!("{what}: not supported: {why}")));
     if c.bios.is_some() {
         return no("-bios", "firmware is not there yet; use -kernel");
     }
-    if !c.netdevs.is_empty() || !c.nics.is_empty() {
-        return no("-netdev", "networks are not there yet; use -nic none");
-    }
     if !c.vnc.is_empty() {
         return no("-vnc", "displays are not there yet; use -nographic");
-    }
-    if let Some(vga) = c.vga.as_deref().filter(|v| *v != "none") {
-        return no(&format!("-vga {vga}"), "displays are not there yet; use -vga none");
     }
     if let Some(d) = c.display.as_ref().filter(|d| d.driver != "none") {
         return no(&format!("-display {}", d.driver), "displays are not there yet; use -display none");

@@ -59,6 +59,12 @@ impl Cpu {
         self.debugger.as_ref().is_some_and(|d| d.step)
     }
 
+    /// Whether the INT3 before RIP is the debugger's.
+    pub(crate) fn debugger_breaks(&self) -> bool {
+        let Some(d) = &self.debugger else { return false };
+        d.software.contains(&self.fetch_address(self.rip.wrapping_sub(1)))
+    }
+
     /// The debugger's stop, if an exception is one. RIP is then at the breakpoint, or after the step.
     pub(crate) fn debugger_stop(&mut self, e: &Exception) -> Option<Exit> {
         let d = self.debugger.as_ref()?;

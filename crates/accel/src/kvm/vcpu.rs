@@ -5,13 +5,15 @@ use super::run::{MmioAccess, PortAccess, Runner};
 use super::stats::{Counter, Counters};
 use super::vm::Inner;
 use super::{cpuid, dump, host, msrs, state};
-use crate::{CpuIo, CpuState, DebugExit, Error, Exit, GuestDebug, Kicker, Result, SystemEvent, Vcpu, VcpuConfig};
+use crate::{
+    CpuIo, CpuState, DebugExit, Error, Exit, GuestDebug, Kicker, Result, SystemEvent, Vcpu, VcpuConfig,
+};
 use kvm_bindings::{
-    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_SINGLESTEP,
-    KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug, kvm_guest_debug_arch,
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_UNKNOWN,
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_guest_debug, kvm_guest_debug_arch,
 };
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -54,7 +56,15 @@ impl KvmVcpu {
         }
         let runner = Runner::new(fd, vm.fd().run_size());
         let counters = vm.add_counters();
-        Ok(Self { runner, vm, index, kick: Arc::default(), counters, pending: false, debug: GuestDebug::default() })
+        Ok(Self {
+            runner,
+            vm,
+            index,
+            kick: Arc::default(),
+            counters,
+            pending: false,
+            debug: GuestDebug::default(),
+        })
     }
 
     /// Deals with a return of KVM_RUN, if it is one of those that the guest's own devices cause.
@@ -93,7 +103,9 @@ impl KvmVcpu {
                     // The guest's own.
                     return match self.guest_debug(KVM_GUESTDBG_INJECT_BP) {
                         Ok(()) => None,
-                        Err(e) => trouble(self.report(&format!("cannot pass a breakpoint to the guest: {e}"))),
+                        Err(e) => {
+                            trouble(self.report(&format!("cannot pass a breakpoint to the guest: {e}")))
+                        }
                     };
                 }
                 Some(Exit::Debug(DebugExit { pc: debug.pc, dr6: debug.dr6, vector: debug.exception as u8 }))

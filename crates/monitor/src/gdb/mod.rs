@@ -295,7 +295,8 @@ impl Session {
 
     fn query(&self, text: &str) -> Vec<u8> {
         if text.starts_with("Supported") {
-            return format!("PacketSize={PACKET:x};qXfer:features:read+;vContSupported+;QStartNoAckMode+").into();
+            return format!("PacketSize={PACKET:x};qXfer:features:read+;vContSupported+;QStartNoAckMode+")
+                .into();
         }
         if let Some(range) = text.strip_prefix("Xfer:features:read:target.xml:") {
             let mut parts = range.split(',').filter_map(packet::number);
@@ -346,7 +347,10 @@ impl Session {
         self.remote.call(move |m| m.cpu_state(index).ok().map(|cpu| f(&cpu))).ok()?
     }
 
-    fn change_state(&self, f: impl FnOnce(&mut accel::CpuState) -> Option<()> + Send + 'static) -> Option<()> {
+    fn change_state(
+        &self,
+        f: impl FnOnce(&mut accel::CpuState) -> Option<()> + Send + 'static,
+    ) -> Option<()> {
         let index = lock(&self.state).cpu;
         self.remote
             .call(move |m| {

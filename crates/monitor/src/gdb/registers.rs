@@ -165,7 +165,7 @@ pub(super) fn set_one(cpu: &mut CpuState, n: usize, data: &[u8]) -> Option<()> {
             let at = 160 + 16 * (n - FIRST_XMM);
             cpu.xsave.get_mut(at..at + 16)?.copy_from_slice(data.get(..16)?);
         }
-        FIRST_SYSTEM => cpu.segments[seg::FS].base = wide()?,
+        n if n == FIRST_SYSTEM => cpu.segments[seg::FS].base = wide()?,
         n if n == FIRST_SYSTEM + 1 => cpu.segments[seg::GS].base = wide()?,
         // Writing what is there already is no change.
         _ if n < COUNT && one(cpu, n)? == data => {}

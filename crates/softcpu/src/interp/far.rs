@@ -96,6 +96,9 @@ fn far_ret<const BYTES: u8>(cpu: &mut Cpu, op: &Op) -> Res<Next> {
 }
 
 fn int_n(cpu: &mut Cpu, op: &Op) -> Res<Next> {
+    if op.imm as u8 == vector::BP && cpu.debugger_breaks() {
+        return Err(cpu.raise_exception(Exception { vector: vector::BP, trap: true, ..Default::default() }));
+    }
     software_interrupt(cpu, op.imm as u8)
 }
 
