@@ -115,7 +115,6 @@ pub struct MemoryBackend {
 
 #[derive(Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-#[allow(dead_code)] // the random number device reads its own
 struct Rng {
     /// File to read from.
     filename: Option<PathBuf>,
@@ -180,6 +179,40 @@ pub fn check(bag: &Bag) -> Result<()> {
         return Err(Error::Config(format!("object '{}': missing id", bag.driver)));
     }
     (kind.check)(bag)
+}
+
+/// A device's description with the objects that it names looked up.
+///
+/// # Errors
+/// An object that does not exist, or is of another kind.
+pub fn resolve(bag: &Bag, objects: &[Bag]) -> Result<Bag> {
+    let mut bag = bag.clone();
+    let find = |key: &str, id: &str, kinds: &[&str]| {
+        let object = objects.iter().find(|o| o.id.as_deref() == Some(id));
+        let object = object.filter(|o| kinds.contains(&o.driver.as_str()));
+        object.cloned().ok_or_else(|| {
+            Error::Config(format!("{}: {key}={id}: there is no {} of this id", bag.driver, kinds.join(" or ")))
+        })
+    };
+    if let Some(serde_json::Value::String(id)) = bag.props.get("iothread").cloned() {
+        // Every disk has a thread of its own.
+        find("iothread", &id, &["iothread"])?;
+        bag.props.remove("iothread");
+    }
+    if bag.driver.starts_with("virtio-rng")
+        && let Some(serde_json::Value::String(id)) = bag.props.get("rng").cloned()
+    {
+        let rng: Rng = find("rng", &id, &["rng-random", "rng-builtin"])?.spec()?;
+        let host = ["/dev/urandom", "/dev/random"];
+        if let Some(file) = rng.filename.filter(|f| !host.iter().any(|h| f == h)) {
+            return Err(Error::Config(format!(
+                "object '{id}': filename={}: only the host's random numbers are supported: use /dev/urandom",
+                file.display()
+            )));
+        }
+        bag.props.remove("rng");
+    }
+    Ok(bag)
 }
 
 impl Machine {

@@ -57,7 +57,10 @@ impl Machine {
     ///
     /// # Errors
     /// Anything wrong with the description, the files it names or the host.
-    pub fn new(blueprint: Blueprint, acceleration: &Acceleration, chardevs: Chardevs) -> Result<Self> {
+    pub fn new(mut blueprint: Blueprint, acceleration: &Acceleration, chardevs: Chardevs) -> Result<Self> {
+        for bag in &mut blueprint.devices {
+            *bag = crate::objects::resolve(bag, &blueprint.objects)?;
+        }
         let (sender, events) = mpsc::channel();
         let shared = Arc::new(Shared::default());
         let remote = Remote::new(sender.clone(), shared.clone());

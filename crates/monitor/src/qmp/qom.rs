@@ -98,7 +98,18 @@ pub(crate) fn node(m: &Machine, path: &str) -> Option<Node> {
             n
         }
         ["machine", "peripheral", id] | [id] if devices.iter().any(|b| b.id.as_deref() == Some(id)) => {
-            device_node(devices.iter().find(|b| b.id.as_deref() == Some(id))?)
+            let bag = devices.iter().find(|b| b.id.as_deref() == Some(id))?;
+            let mut n = device_node(bag);
+            if let (true, Some(balloon)) = (bag.driver.starts_with("virtio-balloon"), m.balloon()) {
+                let s = balloon.statistics();
+                let updated = s.updated.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+                let stats: serde_json::Map<String, Value> =
+                    s.values.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+                let updated = updated.map_or(0, |t| t.as_secs());
+                n.property("guest-stats", "guest statistics", json!({ "last-update": updated, "stats": stats }));
+                n.property(POLLING, "int", balloon.polling_interval());
+            }
+            n
         }
         ["machine", "peripheral", id, "virtio-backend"] => {
             let bag =
@@ -158,6 +169,9 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
+/// Seconds between two looks at a guest's memory statistics.
+const POLLING: &str = "guest-stats-polling-interval";
+
 /// `device[3]` is 3.
 fn index(name: &str) -> Option<usize> {
     name.strip_prefix("device[")?.strip_suffix(']')?.parse().ok()
@@ -216,14 +230,19 @@ fn get(c: &Context, a: Get) -> Result<Value> {
 struct Set {
     path: String,
     property: String,
-    #[serde(rename = "value")]
-    _value: Value,
+    value: Value,
 }
 
 fn set(c: &Context, a: Set) -> Result<Empty> {
-    let Set { path, property, .. } = a;
+    let Set { path, property, value } = a;
     c.machine(move |m| {
         let node = node(m, &path).ok_or_else(|| not_found(&path))?;
+        if let (true, Some(balloon)) = (property == POLLING && node.kind.starts_with("virtio-balloon"), m.balloon()) {
+            let seconds = value.as_u64().and_then(|s| u32::try_from(s).ok());
+            let seconds = seconds.ok_or_else(|| Error::generic("timer value must be greater than zero"))?;
+            balloon.set_polling_interval(seconds);
+            return Ok(Empty {});
+        }
         if node.properties.iter().any(|(name, ..)| *name == property) {
             return Err(Error::generic(format!(
                 "Property '{property}' of {} cannot be changed now",
