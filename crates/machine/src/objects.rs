@@ -204,7 +204,7 @@ pub fn resolve(bag: &Bag, objects: &[Bag]) -> Result<Bag> {
     {
         let rng: Rng = find("rng", &id, &["rng-random", "rng-builtin"])?.spec()?;
         let host = ["/dev/urandom", "/dev/random"];
-        if let Some(file) = rng.filename.filter(|f| !host.iter().any(|h| f == h)) {
+        if let Some(file) = rng.filename.filter(|f| !host.iter().any(|h| f.as_os_str() == *h)) {
             return Err(Error::Config(format!(
                 "object '{id}': filename={}: only the host's random numbers are supported: use /dev/urandom",
                 file.display()

@@ -54,6 +54,8 @@ pub struct Context {
     pub fds: Mutex<Fds>,
     /// Block nodes as they were described.
     pub block_graph: Mutex<machine::graph::Graph>,
+    /// The VNC server, if there is one.
+    pub vnc: Mutex<Option<display::vnc::Server>>,
     sessions: Mutex<Vec<Weak<Output>>>,
     subscription: OnceLock<Subscription>,
 }
@@ -67,6 +69,7 @@ impl Context {
             chardevs: Mutex::default(),
             fds: Mutex::default(),
             block_graph: Mutex::default(),
+            vnc: Mutex::default(),
             sessions: Mutex::default(),
             subscription: OnceLock::new(),
         });

@@ -97,7 +97,7 @@ pub(crate) fn drive(plan: &mut Plan, numbers: &mut Numbers, mut p: Props, snapsh
         }
     });
     let file = take(&mut p, "file").filter(|f| !f.is_empty());
-    let mut device = device_of(&interface, &media, n).map_err(at)?;
+    let mut device = device_of(&plan.blueprint.machine.driver, &interface, &media, n).map_err(at)?;
     for key in ["werror", "rerror", "serial"] {
         if let Some(value) = take(&mut p, key) {
             match &mut device {
@@ -108,11 +108,20 @@ pub(crate) fn drive(plan: &mut Plan, numbers: &mut Numbers, mut p: Props, snapsh
     }
     match file {
         Some(file) => {
+            if interface == "pflash" {
+                let firmware = &mut plan.blueprint.firmware;
+                match n {
+                    0 => firmware.kind = file,
+                    1 => firmware.vars = Some(file.into()),
+                    _ => return Err(at(Error::new("there are two flash chips at most"))),
+                }
+                for key in ["format", "readonly", "read-only", "snapshot"] {
+                    p.remove(key);
+                }
+                return finish("drive", &p, KNOWN).map_err(at);
+            }
             let bag = image(&id, file, &media, p, snapshot).map_err(at)?;
             plan.blueprint.blockdevs.push(bag);
-            if interface == "pflash" {
-                return Err(at(Error::new("if=pflash: give firmware by -bios")));
-            }
             if let Some(device) = device {
                 plan.blueprint.devices.push(device.with("drive", id));
             }
@@ -128,14 +137,20 @@ pub(crate) fn drive(plan: &mut Plan, numbers: &mut Numbers, mut p: Props, snapsh
 }
 
 /// The device that a drive without `-device` gets.
-fn device_of(interface: &str, media: &str, n: u32) -> Result<Option<Bag>> {
+fn device_of(board: &str, interface: &str, media: &str, n: u32) -> Result<Option<Bag>> {
     let unsupported = |why: &str| Err(Error::new(format!("if={interface} is not supported: {why}")));
     Ok(match (interface, media) {
         ("none" | "pflash", _) => None,
         ("virtio", "disk") => Some(Bag::new("virtio-blk-pci")),
         ("virtio", _) => return unsupported("a CD-ROM needs if=ide or if=scsi"),
-        ("ide", "disk") => Some(Bag::new("ide-hd").with("bus", format!("ide.{}", n / 2)).with("unit", n % 2)),
-        ("ide", _) => Some(Bag::new("ide-cd").with("bus", format!("ide.{}", n / 2)).with("unit", n % 2)),
+        ("ide", _) => {
+            let driver = if media == "disk" { "ide-hd" } else { "ide-cd" };
+            // SATA has one device on each bus, IDE two.
+            Some(match board {
+                "q35" => Bag::new(driver).with("bus", format!("ide.{n}")),
+                _ => Bag::new(driver).with("bus", format!("ide.{}", n / 2)).with("unit", n % 2),
+            })
+        }
         ("scsi", "disk") => Some(Bag::new("scsi-hd")),
         ("scsi", _) => Some(Bag::new("scsi-cd")),
         ("floppy", _) => return unsupported("there is no floppy controller"),

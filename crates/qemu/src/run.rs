@@ -6,6 +6,8 @@ use crate::translate::{self, Plan};
 use crate::{Error, Result};
 use bus::Chardev;
 use chardev::{Escape, Mux};
+use display::FrontEnd;
+use display::input::Keymap;
 use machine::{Acceleration, Cause, Chardevs, Machine, Outcome, Remote};
 use monitor::{CharEntry, Context, Settings};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -45,7 +47,9 @@ pub(crate) fn main(program: &str, args: &[String]) -> Result<u8> {
     blueprint.accel = plan.accels.first().cloned().unwrap_or_else(|| base::props::Bag::new("auto"));
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
     let remote = machine.remote();
+    let display = show(&plan, &machine)?;
     let context = start_monitors(&plan, &opened, &remote, &acceleration)?;
+    *context.vnc.lock().unwrap_or_else(|e| e.into_inner()) = display;
     if let Some(text) = &plan.gdb {
         serve_debugger(text, &remote)?;
     }
@@ -147,6 +151,21 @@ fn open_chardevs(plan: &Plan) -> Result<BTreeMap<String, Opened>> {
         all.insert(id, Opened { chardev: made.chardev, mux: made.mux });
     }
     Ok(all)
+}
+
+/// Begins to show the screens.
+fn show(plan: &Plan, machine: &Machine) -> Result<Option<display::vnc::Server>> {
+    let keymap = match &plan.keyboard {
+        Some(name) => Keymap::named(name).map_err(|e| Error::new(format!("-k: {e}")))?,
+        None => Keymap::default(),
+    };
+    let fail = |e: display::FrontEndError| Error::new(format!("-vnc: {e}"));
+    let front_end = FrontEnd::parse(&plan.display, &plan.blueprint.name, keymap).map_err(fail)?;
+    let server = front_end.start(machine.displays()).map_err(fail)?;
+    if let (true, Some(server)) = (plan.announce_display, &server) {
+        println!("VNC server running on {}", server.address());
+    }
+    Ok(server)
 }
 
 /// The first accelerator of the list that works here.

@@ -3,7 +3,7 @@
 use crate::command::{Command, MonitorOption, finish, take, take_switch, text};
 use crate::drives::{self, Numbers};
 use crate::{Error, Result};
-use base::props::Bag;
+use base::props::{Bag, parse_keyval};
 use machine::blueprint::{Blueprint, MemorySpec};
 use machine::control::{ErrorAction, ShutdownAction};
 use machine::kernel::KernelSpec;
@@ -45,6 +45,13 @@ pub struct Plan {
     pub mem_lock: bool,
     /// Keep guest memory out of core dumps.
     pub no_core: bool,
+    /// What shows the screens, as `--display` takes it.
+    pub display: String,
+    /// Say where the display is: nobody asked for it.
+    pub announce_display: bool,
+    /// Layout of the keyboards of viewers that send characters.
+    pub keyboard: Option<String>,
+    flash: [Option<String>; 2],
     /// Where a debugger may connect.
     pub gdb: Option<String>,
     /// Remarks for the user that are no errors.
@@ -81,6 +88,7 @@ pub(crate) fn plan(mut c: Command) -> Result<Plan> {
     }
     memory(&mut plan, &mut c, backend)?;
     smp(&mut plan, &mut c)?;
+    firmware(&mut plan, &mut c)?;
     cpu(&mut plan, &c)?;
     rtc(&mut c)?;
     unsupported_yet(&c)?;
@@ -89,12 +97,16 @@ pub(crate) fn plan(mut c: Command) -> Result<Plan> {
     }
     let images = plan.graph.images().map_err(|e| Error::new(format!("-blockdev {e}")))?;
     plan.blueprint.blockdevs.extend(images);
+    let nodes = std::mem::take(&mut plan.flash);
+    flash(&mut plan, nodes)?;
     let mut numbers = Numbers::default();
     for drive in std::mem::take(&mut c.drives) {
         drives::drive(&mut plan, &mut numbers, drive, c.snapshot)?;
     }
     consoles(&mut plan, &mut c)?;
     graphics(&mut plan, &mut c)?;
+    display(&mut plan, &mut c)?;
+    usb(&mut plan, &mut c);
     crate::network::add(&mut plan, &mut c)?;
     plan.blueprint.devices.append(&mut c.devices);
     globals(&mut plan, &c)?;
@@ -210,6 +222,7 @@ fn machine(plan: &mut Plan, c: &mut Command) -> Result<Option<String>> {
         return Err(Error::new("-machine suppress-vmdesc=on: migration is not there yet"));
     }
     let backend = take(p, "memory-backend");
+    plan.flash = [take(p, "pflash0"), take(p, "pflash1")];
     // What is left is the board's, and it says what it does not know.
     for (key, value) in std::mem::take(p) {
         plan.blueprint.machine.props.insert(key, value);
@@ -324,6 +337,44 @@ fn rtc(c: &mut Command) -> Result<()> {
     finish("-rtc", p, &["base", "clock", "driftfix"])
 }
 
+/// `-bios`, `-L`, `-boot`, `-fw_cfg`.
+fn firmware(plan: &mut Plan, c: &mut Command) -> Result<()> {
+    if let Some(path) = c.bios.take() {
+        // A bare name is looked for where -L says.
+        let found = c.data_dirs.iter().map(|d| d.join(&path)).find(|p| p.exists());
+        let path = if path.exists() { path } else { found.unwrap_or(path) };
+        plan.blueprint.firmware.kind = path.display().to_string();
+    } else if c.nographic && plan.blueprint.machine.driver == "none" {
+        plan.blueprint.firmware.kind = "none".into();
+    }
+    if !c.boot.is_empty() {
+        let bag = Bag { driver: "-boot".into(), id: None, props: std::mem::take(&mut c.boot) };
+        plan.blueprint.boot = bag.spec()?;
+    }
+    for props in std::mem::take(&mut c.fw_cfg) {
+        let bag = Bag { driver: "-fw_cfg".into(), id: None, props };
+        plan.blueprint.fw_cfg.push(bag.spec()?);
+    }
+    Ok(())
+}
+
+/// Flash given as nodes (`-machine pflash0=NODE,pflash1=NODE`): firmware and its variables.
+fn flash(plan: &mut Plan, nodes: [Option<String>; 2]) -> Result<()> {
+    for (i, node) in nodes.into_iter().enumerate() {
+        let Some(node) = node else { continue };
+        let at = plan.blueprint.blockdevs.iter().position(|b| b.id.as_deref() == Some(&node));
+        let at = at.ok_or_else(|| Error::new(format!("-machine pflash{i}={node}: there is no such node")))?;
+        let bag = plan.blueprint.blockdevs.remove(at);
+        let file = bag.props.get("file").map(text).unwrap_or_default();
+        if i == 0 {
+            plan.blueprint.firmware.kind = file;
+        } else {
+            plan.blueprint.firmware.vars = Some(file.into());
+        }
+    }
+    Ok(())
+}
+
 /// `-cpu`: as QEMU does, what the accelerator lacks is left out with a warning unless `enforce` is given.
 fn cpu(plan: &mut Plan, c: &Command) -> Result<()> {
     let Some(text) = &c.cpu else { return Ok(()) };
@@ -347,35 +398,70 @@ fn graphics(plan: &mut Plan, c: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// What shows the screens: `-vnc`, `-display`, or by default a VNC server for this host, as QEMU has where there are no
+/// windows.
+fn display(plan: &mut Plan, c: &mut Command) -> Result<()> {
+    plan.keyboard = c.keyboard.take();
+    let shown = c.display.take();
+    if c.vnc.len() > 1 {
+        return Err(Error::new("-vnc: one server is supported"));
+    }
+    let (mut props, own) = match (c.vnc.pop(), shown) {
+        (Some(text), _) if text == "none" => (None, false),
+        (Some(text), _) => (Some(parse_keyval(&text, "display")?), true),
+        (None, Some(bag)) => match bag.driver.as_str() {
+            "none" => (None, false),
+            "vnc" => {
+                let mut p = bag.props;
+                if let Some(at) = p.remove("where") {
+                    p.insert("display".into(), at);
+                }
+                (Some(p), true)
+            }
+            other => return Err(Error::new(format!("-display {other}: not supported: use vnc=WHERE or none"))),
+        },
+        (None, None) if c.nographic || plan.blueprint.machine.driver == "none" => (None, false),
+        (None, None) => (Some(parse_keyval("127.0.0.1:0,to=99", "display")?), false),
+    };
+    plan.announce_display = !own;
+    let Some(props) = &mut props else {
+        plan.display = "none".into();
+        return Ok(());
+    };
+    // Sound goes nowhere, whatever the back end's name.
+    props.remove("audiodev");
+    props.remove("id");
+    if take_switch(props, "power-control")? == Some(true) {
+        return Err(Error::new("-vnc: power-control=on is not supported"));
+    }
+    let parts: Vec<String> = props.iter().map(|(k, v)| format!("{k}={}", text(v).replace(',', ",,"))).collect();
+    plan.display = format!("vnc={}", parts.join(","));
+    Ok(())
+}
+
+/// `-usb` and `-usbdevice`.
+fn usb(plan: &mut Plan, c: &mut Command) {
+    let has_controller = c.devices.iter().any(|d| d.driver.ends_with("-xhci"));
+    if c.usb && !has_controller {
+        plan.blueprint.devices.push(Bag::new("qemu-xhci"));
+    }
+    for kind in c.usb_devices.drain(..) {
+        let driver = if kind == "keyboard" { "usb-kbd".into() } else { format!("usb-{kind}") };
+        plan.blueprint.devices.push(Bag::new(driver));
+    }
+}
+
 /// Options whose parts of the machine are not there yet.
 fn unsupported_yet(c: &Command) -> Result<()> {
     let no = |what: &str, why: &str| Err(Error::new(format!("{what}: not supported: {why}")));
-    if c.bios.is_some() {
-        return no("-bios", "firmware is not there yet; use -kernel");
-    }
-    if !c.vnc.is_empty() {
-        return no("-vnc", "displays are not there yet; use -nographic");
-    }
-    if let Some(d) = c.display.as_ref().filter(|d| d.driver != "none") {
-        return no(&format!("-display {}", d.driver), "displays are not there yet; use -display none");
-    }
-    if c.usb || !c.usb_devices.is_empty() {
-        return no("-usb", "USB is not there yet");
-    }
     if let Some(p) = c.parallels.iter().find(|p| *p != "none") {
         return no(&format!("-parallel {p}"), "there is no parallel port; use -parallel none");
-    }
-    if !c.fw_cfg.is_empty() {
-        return no("-fw_cfg", "firmware is not there yet");
     }
     if !c.smbios.is_empty() {
         return no("-smbios", "not there yet");
     }
     if !c.acpi_tables.is_empty() {
         return no("-acpitable", "not there yet");
-    }
-    if c.keyboard.as_deref().is_some_and(|k| k != "en-us") {
-        return no("-k", "use en-us, or a VNC client that sends key codes");
     }
     Ok(())
 }

@@ -12,6 +12,9 @@ pub(super) const COMMANDS: &[Command] = &[
     command!("screendump", screendump),
     command!("send-key", send_key),
     command!("input-send-event", input_send_event),
+    command!("query-vnc", query_vnc),
+    command!("set_password", set_password),
+    command!("change-vnc-password", change_password),
 ];
 
 #[derive(Clone, Copy, Default, Deserialize, JsonSchema)]
@@ -180,4 +183,89 @@ fn input_send_event(c: &Context, a: SendEvent) -> Result<Empty> {
     }
     displays.input().send(&all);
     Ok(Empty {})
+}
+
+/// The VNC server.
+#[derive(Serialize, JsonSchema)]
+struct VncInfo {
+    enabled: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    family: Option<&'static str>,
+}
+
+fn query_vnc(c: &Context, _: Empty) -> Result<VncInfo> {
+    let vnc = crate::context::lock(&c.vnc);
+    let Some(server) = vnc.as_ref() else {
+        return Ok(VncInfo { enabled: false, host: None, service: None, family: None });
+    };
+    let address = server.address();
+    let (host, service, family) = match address.rsplit_once(':') {
+        Some(("unix", path)) => (path, "", "unix"),
+        Some((host, port)) => (host, port, if host.contains(':') { "ipv6" } else { "ipv4" }),
+        None => (address, "", "unix"),
+    };
+    Ok(VncInfo {
+        enabled: true,
+        host: Some(host.trim_matches(['[', ']']).into()),
+        service: Some(service.into()),
+        family: Some(family),
+    })
+}
+
+fn change(c: &Context, password: String) -> Result<Empty> {
+    match crate::context::lock(&c.vnc).as_ref() {
+        Some(server) => {
+            server.set_password((!password.is_empty()).then_some(password));
+            Ok(Empty {})
+        }
+        None => Err(Error::generic("Could not set password: there is no VNC server")),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Protocol {
+    Vnc,
+    Spice,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Connected {
+    Fail,
+    Disconnect,
+    Keep,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct SetPassword {
+    protocol: Protocol,
+    password: String,
+    connected: Option<Connected>,
+}
+
+fn set_password(c: &Context, a: SetPassword) -> Result<Empty> {
+    if a.protocol == Protocol::Spice {
+        return Err(Error::of(super::Class::DeviceNotActive, "SPICE is not in use"));
+    }
+    if a.connected.is_some_and(|w| w != Connected::Keep) {
+        // As QEMU has it for VNC.
+        return Err(Error::generic("Parameter 'connected' must be 'keep' when 'protocol' is 'vnc'"));
+    }
+    change(c, a.password)
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct NewPassword {
+    password: String,
+}
+
+fn change_password(c: &Context, a: NewPassword) -> Result<Empty> {
+    change(c, a.password)
 }
