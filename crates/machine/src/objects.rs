@@ -191,7 +191,11 @@ pub fn resolve(bag: &Bag, objects: &[Bag]) -> Result<Bag> {
         let object = objects.iter().find(|o| o.id.as_deref() == Some(id));
         let object = object.filter(|o| kinds.contains(&o.driver.as_str()));
         object.cloned().ok_or_else(|| {
-            Error::Config(format!("{}: {key}={id}: there is no {} of this id", bag.driver, kinds.join(" or ")))
+            Error::Config(format!(
+                "{}: {key}={id}: there is no {} of this id",
+                bag.driver,
+                kinds.join(" or ")
+            ))
         })
     };
     if let Some(serde_json::Value::String(id)) = bag.props.get("iothread").cloned() {

@@ -418,7 +418,9 @@ fn display(plan: &mut Plan, c: &mut Command) -> Result<()> {
                 }
                 (Some(p), true)
             }
-            other => return Err(Error::new(format!("-display {other}: not supported: use vnc=WHERE or none"))),
+            other => {
+                return Err(Error::new(format!("-display {other}: not supported: use vnc=WHERE or none")));
+            }
         },
         (None, None) if c.nographic || plan.blueprint.machine.driver == "none" => (None, false),
         (None, None) => (Some(parse_keyval("127.0.0.1:0,to=99", "display")?), false),
@@ -434,7 +436,8 @@ fn display(plan: &mut Plan, c: &mut Command) -> Result<()> {
     if take_switch(props, "power-control")? == Some(true) {
         return Err(Error::new("-vnc: power-control=on is not supported"));
     }
-    let parts: Vec<String> = props.iter().map(|(k, v)| format!("{k}={}", text(v).replace(',', ",,"))).collect();
+    let parts: Vec<String> =
+        props.iter().map(|(k, v)| format!("{k}={}", text(v).replace(',', ",,"))).collect();
     plan.display = format!("vnc={}", parts.join(","));
     Ok(())
 }

@@ -106,7 +106,11 @@ pub(crate) fn node(m: &Machine, path: &str) -> Option<Node> {
                 let stats: serde_json::Map<String, Value> =
                     s.values.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
                 let updated = updated.map_or(0, |t| t.as_secs());
-                n.property("guest-stats", "guest statistics", json!({ "last-update": updated, "stats": stats }));
+                n.property(
+                    "guest-stats",
+                    "guest statistics",
+                    json!({ "last-update": updated, "stats": stats }),
+                );
                 n.property(POLLING, "int", balloon.polling_interval());
             }
             n
@@ -237,7 +241,9 @@ fn set(c: &Context, a: Set) -> Result<Empty> {
     let Set { path, property, value } = a;
     c.machine(move |m| {
         let node = node(m, &path).ok_or_else(|| not_found(&path))?;
-        if let (true, Some(balloon)) = (property == POLLING && node.kind.starts_with("virtio-balloon"), m.balloon()) {
+        if let (true, Some(balloon)) =
+            (property == POLLING && node.kind.starts_with("virtio-balloon"), m.balloon())
+        {
             let seconds = value.as_u64().and_then(|s| u32::try_from(s).ok());
             let seconds = seconds.ok_or_else(|| Error::generic("timer value must be greater than zero"))?;
             balloon.set_polling_interval(seconds);
