@@ -448,6 +448,14 @@ impl Cpu {
         r
     }
 
+    /// Translated code must not rely on checks of accesses that it has made.
+    pub(crate) fn forget_checks(&mut self) {
+        self.jit.forget_stack();
+        if let Some(t) = self.code.translator.as_deref_mut() {
+            t.version += 1;
+        }
+    }
+
     /// Does what siblings and the VM ask. May be called within an instruction.
     pub(crate) fn answer_asks(&mut self) {
         self.signals.take(Signal::FLUSH);
@@ -468,9 +476,12 @@ impl Cpu {
                 Ask::Drop(page) => self.stats.blocks_dropped += self.code.drop_page(page) as u64,
                 Ask::Protect(page) => {
                     self.mmu.tlb.protect(page);
-                    self.jit.forget_stack();
+                    self.forget_checks();
                 }
-                Ask::ProtectAll => self.flush_all_tlbs(),
+                Ask::ProtectAll => {
+                    self.flush_all_tlbs();
+                    self.forget_checks();
+                }
             }
         }
         self.me.answer(number);

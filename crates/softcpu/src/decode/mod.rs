@@ -207,7 +207,7 @@ impl Cpu {
             }
             if self.me.may_write(page) {
                 self.mmu.tlb.protect(page);
-                self.jit.forget_stack();
+                self.forget_checks();
             }
             if self.vm.writable_elsewhere(&self.me, page) {
                 let (vm, me, epoch) = (self.vm.clone(), self.me.clone(), self.map_epoch);

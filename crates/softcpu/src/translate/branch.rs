@@ -144,7 +144,7 @@ impl Emitter<'_> {
 
     /// Should the target in RCX not be canonical, the look-up finds the branch to blame by this; `popped` is what it has
     /// added to RSP.
-    fn blame(&mut self, inst: &Inst, popped: u8) {
+    pub(super) fn blame(&mut self, inst: &Inst, popped: u8) {
         let site = self.site(&inst.i, popped, 1, 0);
         self.asm.rm(true, &[0xc7], 0, Rm::Gs(BRANCH));
         self.asm.bytes(&(site as u32).to_le_bytes());

@@ -19,6 +19,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 pub const JUMP_BITS: u32 = 12;
 /// log2 of the size of an entry.
 pub const JUMP_SHIFT: u8 = 5;
+/// Times that a group of accesses may cross pages.
+const CROSSINGS: u32 = 32;
 /// Room left for one more block.
 const RESERVE: usize = 1 << 17;
 /// Least size of a cache in bytes.
@@ -49,6 +51,8 @@ pub mod site {
     pub const AVX: u8 = 8;
     /// The instruction is the block's last, and may lead anywhere.
     pub const END: u8 = 16;
+    /// The check is for following accesses as well.
+    pub const GROUP: u8 = 32;
 }
 
 /// A place in translated code that may take the slow path.
@@ -86,7 +90,7 @@ pub struct Fixed {
     pub base_return: u64,
     pub fresh: u64,
     /// Look-ups of stack accesses, by log2 of their size: reads and writes.
-    pub stack: [[u64; 6]; 2],
+    pub stack: [[u64; 8]; 2],
 }
 
 /// A translated block.
@@ -138,6 +142,10 @@ pub struct Translator {
     jumps: Box<[Jump]>,
     /// Links to other pages that rely on global translations.
     crossing: Vec<u32>,
+    /// Groups of accesses that crossed pages: how often, by the address of the instruction.
+    crossed: Map<u64, u32>,
+    /// Blocks to be translated without groups of accesses.
+    plain: HashSet<u64>,
     /// Linear pages with entries in the jump table or in slots.
     linear: HashSet<u64>,
     /// Part of every key: changes when entries of unknown places must go.
@@ -183,6 +191,8 @@ impl Translator {
             sites: Vec::new(),
             jumps: vec![NO_JUMP; 1 << JUMP_BITS].into_boxed_slice(),
             crossing: Vec::new(),
+            crossed: Map::default(),
+            plain: HashSet::new(),
             linear: HashSet::new(),
             salt: 0,
             exact: false,
@@ -295,7 +305,8 @@ impl Translator {
         let base = self.exec + at as u64;
         let first_site = self.sites.len();
         let first_link = self.links.len();
-        let out = Emitter::new(&self.fixed, &mut self.sites, first_link, ip, base, global).block(&scan);
+        let out = Emitter::new(&self.fixed, &mut self.sites, first_link, ip, base, global)
+            .block(&scan, self.plain.contains(&ip));
         if at + out.code.len() + 4096 > self.size {
             self.sites.truncate(first_site);
             return None;
@@ -373,6 +384,31 @@ impl Translator {
         match l.reach {
             Reach::Slot => self.put(l.at as usize, &[0; 8]),
             _ => self.patch(l.at, self.exec + u64::from(l.stub)),
+        }
+    }
+
+    /// The group of accesses that begins with the instruction at `ip` crosses pages. If that happens often, the blocks with
+    /// the instruction are to be made again, without groups.
+    pub fn group_crossed(&mut self, ip: u64) {
+        let n = self.crossed.entry(ip).or_default();
+        *n += 1;
+        if *n != CROSSINGS {
+            return;
+        }
+        // Blocks are short, and lie in one page.
+        let near = |b: &&mut Native| !b.dead && b.ip <= ip && ip - b.ip < 64 * 15 && b.ip >> 12 == ip >> 12;
+        let pages: Vec<usize> = self
+            .blocks
+            .iter_mut()
+            .filter(near)
+            .map(|b| (self.plain.insert(b.ip), b.host & !0xfff).1)
+            .collect();
+        for page in pages {
+            self.drop_page(page);
+        }
+        if self.crossed.len() > 1 << 16 {
+            self.crossed.clear();
+            self.plain.clear();
         }
     }
 

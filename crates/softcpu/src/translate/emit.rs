@@ -2,9 +2,11 @@
 
 use super::asm::{Asm, Label, Mem, Rm, cond, host};
 use super::cache::{Fixed, Site, site};
-use super::layout::{CC, HOST, SIGNALS, VECTORS, gpr};
+use super::group::Role;
+use super::layout::{CC, HOST, READY, SIGNALS, VECTORS, gpr};
 use super::memory::Ea;
 use super::scan::{Inst, Kind, Scan};
+use crate::fpu::ready;
 use iced_x86::{
     Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
 };
@@ -60,6 +62,8 @@ pub(super) enum Stub {
     Slow { from: Label, site: usize, ea: Option<Ea> },
     /// To the look-up of a stack access; `t` gets the addend.
     Stack { from: Label, site: usize, ea: Ea, t: u8, to: u64, back: usize },
+    /// To a run of stack instructions, one by one.
+    Run { from: Label, insts: Vec<Inst>, back: Option<usize> },
     /// To the dispatcher, through link `link`.
     Exit { from: Label, link: usize },
     /// To the dispatcher because of signals.
@@ -83,6 +87,14 @@ pub struct Emitter<'a> {
     pub(super) flags: Flags,
     /// Level of vector use that has been checked in this block.
     vectors: u8,
+    /// Bits of [`ready`] that have been checked in this block.
+    x87: u8,
+    /// What the running instruction's memory access has to do with those of others.
+    pub(super) role: Role,
+    /// The check of the first of the group that instructions belong to now is in the code.
+    pub(super) grouped: bool,
+    /// Further bits of the sites of accesses.
+    pub(super) group_bits: u8,
     /// Linear address of the block.
     pub(super) ip: u64,
     /// Whether the block is in a global page.
@@ -124,6 +136,10 @@ impl<'a> Emitter<'a> {
             slots: Vec::new(),
             flags: Flags::Saved,
             vectors: 0,
+            x87: 0,
+            role: Role::Alone,
+            grouped: false,
+            group_bits: 0,
             ip,
             global,
             start: 0,
@@ -131,7 +147,8 @@ impl<'a> Emitter<'a> {
     }
 
     /// Emits the whole block.
-    pub fn block(mut self, scan: &Scan) -> Emitted {
+    /// `plain`: each access is checked by itself.
+    pub fn block(mut self, scan: &Scan, plain: bool) -> Emitted {
         if scan.insts[0].live_in() != 0 {
             self.restore_flags();
         }
@@ -140,23 +157,36 @@ impl<'a> Emitter<'a> {
             self.flags = Flags::Host;
         }
         let poll = poll_at(scan);
-        for (k, inst) in scan.insts.iter().enumerate() {
+        let roles = if plain { vec![Role::Alone; scan.insts.len()] } else { self.roles(&scan.insts) };
+        let mut k = 0;
+        while let Some(inst) = scan.insts.get(k) {
             if poll == Some(k) {
                 self.poll(inst);
             }
+            self.role = Role::Alone;
+            let run = self.stack_run(&scan.insts[k..]);
+            if run > 1 && poll.is_none_or(|p| p <= k || p >= k + run) {
+                k += run;
+                continue;
+            }
+            self.role = roles[k];
             self.instruction(inst);
+            k += 1;
         }
         self.end(scan);
         self.finish_stubs();
         Emitted { code: self.asm.buf, host_entry, links: self.links }
     }
 
-    fn instruction(&mut self, inst: &Inst) {
+    pub(super) fn instruction(&mut self, inst: &Inst) {
         let start = self.asm.here();
         self.start = start;
         let (sites, stubs, links, slots) =
             (self.sites.len(), self.stubs.len(), self.links.len(), self.slots.len());
-        let (flags, vectors) = (self.flags, self.vectors);
+        let (flags, vectors, x87) = (self.flags, self.vectors, self.x87);
+        if self.role.is_first() {
+            self.grouped = true;
+        }
         if self.try_instruction(inst).is_err() {
             self.asm.buf.truncate(start);
             self.start = start;
@@ -164,7 +194,10 @@ impl<'a> Emitter<'a> {
             self.stubs.truncate(stubs);
             self.links.truncate(links);
             self.slots.truncate(slots);
-            (self.flags, self.vectors) = (flags, vectors);
+            (self.flags, self.vectors, self.x87) = (flags, vectors, x87);
+            if self.role.is_first() {
+                self.grouped = false;
+            }
             self.interpret(inst);
         }
         let here = self.asm.here() as u32;
@@ -195,6 +228,14 @@ impl<'a> Emitter<'a> {
                     self.asm.load32(HOST[1].unwrap_or(0), Rm::Reg(host::RCX));
                 }
                 Ok(())
+            }
+            Kind::Fp { mmx } => {
+                self.need_x87(inst, mmx);
+                self.generic(inst, 1, false)
+            }
+            Kind::Fnstsw => {
+                self.need_x87(inst, false);
+                self.fnstsw()
             }
             Kind::Jcc => self.jcc(inst),
             Kind::Jmp => self.jump(inst),
@@ -277,6 +318,7 @@ impl<'a> Emitter<'a> {
         let site = self.site(&inst.i, 0, 0, if end { site::END } else { 0 });
         self.asm.mov_imm(host::RAX, site as u64);
         self.asm.jmp(self.fixed.slow);
+        self.x87 = 0;
         self.flags = Flags::Both;
     }
 
@@ -304,6 +346,29 @@ impl<'a> Emitter<'a> {
         self.vectors = level;
         // An access in the same instruction retries after the flags were saved.
         self.start = self.asm.here();
+    }
+
+    /// Makes sure that the host's x87 unit holds the guest's registers, and that nothing can come of using it.
+    fn need_x87(&mut self, inst: &Inst, mmx: bool) {
+        let bit = if mmx { ready::MMX } else { ready::X87 };
+        if self.x87 & bit != 0 {
+            return;
+        }
+        self.clobber(inst.live_in());
+        self.asm.rm(false, &[0xf6], 0, Rm::Gs(READY)); // test byte, imm
+        self.asm.bytes(&[bit]);
+        // What follows relies on the unit being ready, so it does not follow if it was not.
+        let site = self.site(&inst.i, 0, 0, site::END);
+        let mut from = Label::default();
+        self.asm.jcc_label(cond::E, &mut from);
+        self.stubs.push(Stub::Slow { from, site, ea: None });
+        self.x87 |= bit;
+    }
+
+    fn fnstsw(&mut self) -> Done {
+        self.asm.bytes(&[0xdf, 0xe0, 0x66]); // fnstsw ax; operand size for the MOV
+        self.asm.rm(false, &[0x89], host::RAX, Rm::Reg(HOST[0].ok_or(Unsupported)?));
+        Ok(())
     }
 
     /// Leaves if signals are pending, before an instruction.
@@ -461,6 +526,18 @@ impl<'a> Emitter<'a> {
                 }
                 let back = self.asm.base + back as u64;
                 self.asm.jmp(back);
+            }
+            Stub::Run { from, insts, back } => {
+                self.asm.bind(&from);
+                self.flags = Flags::Saved;
+                self.role = Role::Alone;
+                for inst in &insts {
+                    self.instruction(inst);
+                }
+                if let Some(back) = back {
+                    let back = self.asm.base + back as u64;
+                    self.asm.jmp(back);
+                }
             }
             Stub::Exit { from, link } => {
                 self.asm.bind(&from);

@@ -50,6 +50,8 @@ pub fn vector(n: usize) -> usize {
     offset_of!(Cpu, fpu) + offset_of!(Fpu, vec) + n * 64
 }
 
+/// Offset of [`Fpu::ready`].
+pub const READY: usize = offset_of!(Cpu, fpu) + offset_of!(Fpu, ready);
 /// Offset of [`Cpu::cc`].
 pub const CC: usize = offset_of!(Cpu, cc);
 /// Offset of [`Cpu::tlb`].
@@ -85,6 +87,8 @@ pub const FRESH: usize = offset_of!(Cpu, jit) + offset_of!(super::State, fresh);
 pub const BASE_RETURN: usize = offset_of!(Cpu, jit) + offset_of!(super::State, base_return);
 /// Offset of [`super::State::branch`].
 pub const BRANCH: usize = offset_of!(Cpu, jit) + offset_of!(super::State, branch);
+/// Offset of [`super::State::group`].
+pub const GROUP: usize = offset_of!(Cpu, jit) + offset_of!(super::State, group);
 /// Offset of [`super::State::stack_page`].
 pub const STACK_PAGE: usize = offset_of!(Cpu, jit) + offset_of!(super::State, stack_page);
 /// Offset of [`super::State::stack_addend`].

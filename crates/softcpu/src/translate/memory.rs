@@ -93,19 +93,38 @@ impl Emitter<'_> {
         let locked = i.has_lock_prefix() || i.mnemonic() == iced_x86::Mnemonic::Xchg;
         let align = if locked { size.max(1) } else { align.max(1) };
         let ea = Ea::of(i)?;
+        if align == 1
+            && let Some(m) = self.check_group(inst, &ea, write, t)
+        {
+            return Ok(m);
+        }
         self.check(inst, &ea, Shape { write, size, align, once: false }, t)
+    }
+
+    /// Checks a range off a base register; the addend is in `t` then.
+    pub(super) fn check_range(
+        &mut self,
+        inst: &Inst,
+        ea: &Ea,
+        shape: Shape,
+        t: u8,
+    ) -> Result<Mem, Unsupported> {
+        self.group_bits = site::GROUP;
+        let r = self.check(inst, ea, shape, t);
+        self.group_bits = 0;
+        r
     }
 
     /// Checks an access.
     pub(super) fn check(&mut self, inst: &Inst, ea: &Ea, shape: Shape, t: u8) -> Result<Mem, Unsupported> {
         let Shape { write, size, align, once } = shape;
-        if size == 0 || size > 64 || !align.is_power_of_two() {
+        if size == 0 || size > 128 || !align.is_power_of_two() {
             return Err(Unsupported);
         }
         let u = host::RAX + host::RCX - t;
         let tag = if write { TLB_WRITE } else { TLB_READ };
         self.clobber(inst.live_in());
-        let bits = if write { site::WRITE } else { 0 } | if once { site::ONCE } else { 0 };
+        let bits = if write { site::WRITE } else { 0 } | if once { site::ONCE } else { 0 } | self.group_bits;
         if let Some(lin) = ea.absolute {
             let at = lin & 0xfff;
             if at + u64::from(size) > 4096 || lin & u64::from(align - 1) != 0 {
@@ -139,7 +158,6 @@ impl Emitter<'_> {
         if let Ea { seg: None, base: Some(super::stack::RSP), index: None, .. } = *ea
             && align == 1
             && size.is_power_of_two()
-            && size <= 32
         {
             return Ok(self.check_stack(inst, ea, shape, t, bits));
         }
@@ -181,7 +199,7 @@ impl Emitter<'_> {
     }
 
     /// The operand, `t` holding the addend.
-    fn complete(&mut self, t: u8, u: u8, ea: &Ea) -> Mem {
+    pub(super) fn complete(&mut self, t: u8, u: u8, ea: &Ea) -> Mem {
         if let Some(s) = ea.seg {
             self.asm.alu(op::ADD, t, Rm::Gs(seg_base(s)));
         }

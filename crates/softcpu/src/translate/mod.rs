@@ -3,7 +3,7 @@
 //! * `layout`: where guest state is while translated code runs.
 //! * `asm`: emitter for the code around guest instructions.
 //! * `scan`: finds the instructions of a block, and which flags are live where.
-//! * `emit`, `operand`, `memory`, `stack`, `special`, `system`, `branch`: code for a block.
+//! * `emit`, `operand`, `memory`, `group`, `stack`, `special`, `system`, `branch`: code for a block.
 //! * `cache`: the code cache: blocks, links between them, look-up, invalidation.
 //! * `stubs`: the fixed pieces of code that every block uses.
 //! * `run`: in and out of translated code, and what its slow paths call.
@@ -14,6 +14,7 @@ mod asm;
 mod branch;
 mod cache;
 mod emit;
+mod group;
 mod layout;
 mod memory;
 mod operand;
@@ -71,6 +72,8 @@ pub struct State {
     pub stack_page: u64,
     /// Host address minus linear address of that page.
     pub stack_addend: u64,
+    /// Host address minus linear address of the page that a group of accesses is in.
+    pub group: u64,
     /// What is reached through [`NO_STACK`], so that nothing else can be.
     dummy: Box<[u64; 520]>,
 }
@@ -108,6 +111,7 @@ impl Default for State {
             branch: 0,
             stack_page: 0,
             stack_addend: 0,
+            group: 0,
             dummy: Box::new([0; 520]),
         };
         state.forget_stack();

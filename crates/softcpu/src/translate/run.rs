@@ -301,6 +301,10 @@ impl Cpu {
                 self.rip = s.ip;
                 return self.leave(leave, Next::LOOKUP);
             }
+            if !hit && s.bits & site::GROUP != 0 && linear & 0xfff > 4096 - size as u64 {
+                let Some(t) = self.code.translator.as_deref_mut() else { std::process::abort() };
+                t.group_crossed(s.ip);
+            }
             if filled && hit && aligned && s.bits & site::ONCE == 0 && self.reload(held) {
                 self.count(|c| c.refills += 1);
                 self.jit.target = retry;
@@ -317,7 +321,7 @@ impl Cpu {
         let same = self.unchanged(version, key, mode);
         if same
             && self.rip == s.next_ip
-            && s.bits & site::END == 0
+            && s.bits & (site::END | site::GROUP) == 0
             && wanted == 0
             && !self.signals_pending()
             && self.reload(held)

@@ -59,6 +59,13 @@ pub enum Kind {
         /// RCX is written implicitly.
         writes_rcx: bool,
     },
+    /// x87 or MMX; `mmx` tells which.
+    Fp {
+        /// MMX.
+        mmx: bool,
+    },
+    /// FNSTSW AX.
+    Fnstsw,
     /// Conditional branch.
     Jcc,
     /// Direct jump.
@@ -285,6 +292,13 @@ fn classify(i: &Instruction) -> Kind {
 
 fn vector(i: &Instruction) -> Kind {
     let Some(r) = recipe(i) else { return Kind::Interpret };
+    if matches!(r.class, Class::X87 | Class::Mmx) {
+        return match r.special {
+            None | Some(Special::Emms | Special::Fnstcw) => Kind::Fp { mmx: r.class == Class::Mmx },
+            Some(Special::FnstswAx) => Kind::Fnstsw,
+            Some(_) => Kind::Interpret,
+        };
+    }
     if r.special.is_some_and(|s| s != Special::Vzeroupper) || r.x87 {
         return Kind::Interpret;
     }

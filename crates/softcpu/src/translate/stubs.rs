@@ -126,7 +126,7 @@ pub fn build(base: u64) -> (Vec<u8>, Fixed) {
     a.rm(false, &[0xff], 4, Rm::Gs(FRESH));
 
     for write in [false, true] {
-        for size in 0..6 {
+        for size in 0..8 {
             let at = here(&mut a);
             f.stack[usize::from(write)][size] = at;
             stack(&mut a, write, 1 << size, f.slow);
