@@ -395,7 +395,7 @@ impl Cpu {
         self.signals.word().fetch_or(Signal::INTERRUPT.bits(), Ordering::Relaxed);
     }
 
-    /// Computes [`Cpu::mode`] and the TLB table from the state. To be called after changes of CS, SS, CPL, CR0.PE,
+    /// Computes [`Cpu::mode`] and the TLB table from the state. To be called after changes of CS, SS, DS, ES, CPL, CR0.PE,
     /// EFER.LMA, EFLAGS.VM, EFLAGS.TF, DR7 and the interrupt shadow.
     pub fn update_mode(&mut self) {
         let cs = &self.seg[seg::CS];
@@ -415,6 +415,11 @@ impl Cpu {
         }
         if !self.protected() || self.v86() {
             m |= Mode::REAL;
+        }
+        if m == Mode::CODE32 | Mode::STACK32
+            && [seg::ES, seg::SS, seg::DS].iter().all(|s| self.seg[*s].is_flat_data())
+        {
+            m |= Mode::FLAT;
         }
         if self.cpl == 3 {
             m |= Mode::USER;

@@ -214,6 +214,8 @@ impl Cpu {
             self.seg[s] = null(selector);
             if s == seg::SS {
                 self.seg[s].attr |= (self.cpl as u32) << attr::DPL_SHIFT;
+            }
+            if s == seg::SS || !self.mode.is64() {
                 self.update_mode();
             }
             return Ok(());
@@ -238,7 +240,7 @@ impl Cpu {
         }
         self.mark_accessed(d)?;
         self.seg[s] = d.load(selector);
-        if s == seg::SS {
+        if s == seg::SS || !self.mode.is64() {
             self.update_mode();
         }
         Ok(())
@@ -348,6 +350,7 @@ impl Cpu {
                 self.seg[s].attr |= attr::UNUSABLE;
             }
         }
+        self.update_mode();
     }
 }
 

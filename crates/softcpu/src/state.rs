@@ -143,6 +143,12 @@ impl Seg {
         (self.attr >> attr::DPL_SHIFT & 3) as u8
     }
 
+    /// Whether every linear address can be read and written through the segment.
+    pub fn is_flat_data(&self) -> bool {
+        let kind = attr::P | attr::UNUSABLE | attr::S | attr::CODE | attr::EC | attr::RW;
+        self.base == 0 && self.limit == u32::MAX && self.attr & kind == attr::P | attr::S | attr::RW
+    }
+
     /// Whether the segment can be used (it is not null).
     pub fn usable(&self) -> bool {
         self.attr & attr::UNUSABLE == 0
@@ -176,10 +182,19 @@ bitflags::bitflags! {
         const USER = 1 << 5;
         /// Real or virtual-8086 mode.
         const REAL = 1 << 6;
+        /// 32-bit protected-mode code whose CS, DS, ES and SS cover all of the linear address space; DS, ES and SS can be
+        /// written.
+        const FLAT = 1 << 7;
     }
 }
 
 impl Mode {
+    /// Whether code of this mode can be translated.
+    pub fn translatable(self) -> bool {
+        let flat = Mode::CODE32.union(Mode::STACK32).union(Mode::FLAT);
+        !self.contains(Mode::STEP) && (self.is64() || self.difference(Mode::USER) == flat)
+    }
+
     /// Whether this is 64-bit mode.
     #[inline(always)]
     pub fn is64(self) -> bool {

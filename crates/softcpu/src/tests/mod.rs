@@ -6,6 +6,7 @@ mod breakpoints;
 mod code;
 mod devices;
 mod events;
+mod groups;
 mod long;
 mod paging;
 mod protected;

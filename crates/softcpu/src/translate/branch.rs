@@ -9,10 +9,9 @@ use super::asm::{Label, Mem, Rm, cond, host, op};
 use super::cache::{JUMP_BITS, JUMP_SHIFT};
 use super::emit::{Done, Emitter, Flags, NewLink, Reach, Stub};
 use super::layout::{BRANCH, DEPTH_LIMIT, JUMPS, KEY, SPILL};
-use super::memory::{Ea, Shape};
 use super::operand::number;
 use super::scan::{ALL, Inst};
-use super::stack::{Pushed, stack_register};
+use super::stack::{Pushed, RSP, stack_register};
 use iced_x86::OpKind;
 
 /// Emits the look-up of the guest address in RCX, and a jump to the block there. Flags are in [`crate::Cpu::cc`].
@@ -118,6 +117,9 @@ impl Emitter<'_> {
 
     /// A branch to a non-canonical address in RCX faults where it is, and changes nothing. Uses RAX and the host's flags.
     fn canonical_target(&mut self, inst: &Inst) {
+        if self.narrow {
+            return;
+        }
         self.asm.mov(host::RAX, host::RCX);
         self.asm.shl64(host::RAX, 16);
         self.asm.rm(true, &[0xc1], 7, Rm::Reg(host::RAX)); // sar rax, 16
@@ -130,12 +132,12 @@ impl Emitter<'_> {
     fn target(&mut self, inst: &Inst) -> Done {
         if inst.i.op_kind(0) == OpKind::Memory {
             let m = self.operand(inst, false, 1, host::RAX)?;
-            self.asm.load(host::RCX, Rm::Mem(m));
+            self.load_word(host::RCX, Rm::Mem(m));
         } else {
             let n = number(inst.i.op_register(0));
             let r = self.hold(n, host::RCX);
             if r != host::RCX {
-                self.asm.mov(host::RCX, r);
+                self.load_word(host::RCX, Rm::Reg(r));
             }
             self.clobber(inst.live_in());
         }
@@ -157,10 +159,15 @@ impl Emitter<'_> {
         Ok(())
     }
 
+    /// A word as an immediate operand.
+    fn constant(&self, v: u64) -> Result<i32, std::num::TryFromIntError> {
+        if self.narrow { Ok(v as i32) } else { i32::try_from(v as i64) }
+    }
+
     /// Pushes the return address; its slot has been checked.
     fn push_return(&mut self, inst: &Inst, slot: Mem) {
         let back = inst.i.next_ip();
-        let what = match i32::try_from(back as i64) {
+        let what = match self.constant(back) {
             Ok(v) => Pushed::Constant(v),
             Err(_) => {
                 self.asm.mov_imm(host::RCX, back);
@@ -178,8 +185,8 @@ impl Emitter<'_> {
     /// The code that the host returns to: RCX is where the guest returns to, flags are in [`crate::Cpu::cc`].
     fn landing(&mut self, inst: &Inst) {
         let back = inst.i.next_ip();
-        match i32::try_from(back as i64) {
-            Ok(v) => self.asm.alu_imm(op::CMP, true, Rm::Reg(host::RCX), v),
+        match self.constant(back) {
+            Ok(v) => self.asm.alu_imm(op::CMP, !self.narrow, Rm::Reg(host::RCX), v),
             Err(_) => {
                 self.asm.mov_imm(host::RAX, back);
                 self.asm.alu(op::CMP, host::RCX, Rm::Reg(host::RAX));
@@ -221,16 +228,16 @@ impl Emitter<'_> {
     }
 
     pub(super) fn ret(&mut self, inst: &Inst) -> Done {
-        let shape = Shape { write: false, size: 8, align: 1, once: false };
-        let m = self.check(inst, &Ea::base(4, 0), shape, host::RAX)?;
+        let m = self.check_pop(inst, RSP)?;
         let more = if inst.i.op_count() == 1 { i32::from(inst.i.immediate16()) } else { 0 };
-        self.asm.load(host::RCX, Rm::Mem(m));
-        match u8::try_from(8 + more) {
+        self.load_word(host::RCX, Rm::Mem(m));
+        let word = self.word();
+        match u8::try_from(word + more) {
             Ok(popped) => self.blame(inst, popped),
             Err(_) => self.canonical_target(inst),
         }
         let sp = stack_register();
-        self.asm.lea(sp, Mem::base(sp, 8 + more));
+        self.set_stack(Mem::base(sp, word + more));
         self.asm.bytes(&[0xc3]);
         Ok(())
     }

@@ -297,7 +297,8 @@ impl Translator {
         if self.full() {
             return None;
         }
-        let scan = scan::scan(page, ip, self.exact);
+        let bits = if mode.is64() { 64 } else { 32 };
+        let scan = scan::scan(page, ip, bits, self.exact);
         if scan.insts.is_empty() {
             return None;
         }
@@ -305,7 +306,7 @@ impl Translator {
         let base = self.exec + at as u64;
         let first_site = self.sites.len();
         let first_link = self.links.len();
-        let out = Emitter::new(&self.fixed, &mut self.sites, first_link, ip, base, global)
+        let out = Emitter::new(&self.fixed, &mut self.sites, first_link, ip, base, global, bits)
             .block(&scan, self.plain.contains(&ip));
         if at + out.code.len() + 4096 > self.size {
             self.sites.truncate(first_site);

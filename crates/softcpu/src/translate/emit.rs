@@ -85,6 +85,8 @@ pub struct Emitter<'a> {
     pub(super) stubs: Vec<Stub>,
     pub(super) slots: Vec<(Label, usize)>,
     pub(super) flags: Flags,
+    /// The guest's code is 32-bit code.
+    pub(super) narrow: bool,
     /// Level of vector use that has been checked in this block.
     vectors: u8,
     /// Bits of [`ready`] that have been checked in this block.
@@ -115,7 +117,8 @@ pub struct Emitted {
 }
 
 impl<'a> Emitter<'a> {
-    /// For a block at guest address `ip`, to be placed at `base`.
+    /// For a block at guest address `ip`, of code of 64 or 32 `bits`, to be placed at `base`.
+    #[allow(clippy::too_many_arguments)] // facts about the block
     pub fn new(
         fixed: &'a Fixed,
         sites: &'a mut Vec<Site>,
@@ -123,6 +126,7 @@ impl<'a> Emitter<'a> {
         ip: u64,
         base: u64,
         global: bool,
+        bits: u32,
     ) -> Self {
         Self {
             asm: Asm { buf: Vec::with_capacity(2048), base },
@@ -135,6 +139,7 @@ impl<'a> Emitter<'a> {
             stubs: Vec::new(),
             slots: Vec::new(),
             flags: Flags::Saved,
+            narrow: bits == 32,
             vectors: 0,
             x87: 0,
             role: Role::Alone,
@@ -390,7 +395,13 @@ impl<'a> Emitter<'a> {
     pub(super) fn encode(&mut self, i: &Instruction) -> Done {
         self.encoder.set_buffer(std::mem::take(&mut self.asm.buf));
         let before = self.asm.base; // position does not matter: nothing that is encoded here is relative
-        let r = self.encoder.encode(i, before);
+        let r = if self.narrow {
+            let mut i = *i;
+            i.set_code_size(iced_x86::CodeSize::Code64);
+            self.encoder.encode(&i, before)
+        } else {
+            self.encoder.encode(i, before)
+        };
         self.asm.buf = self.encoder.take_buffer();
         r.map(|_| ()).map_err(|_| Unsupported)
     }

@@ -13,8 +13,8 @@ use super::layout::{GROUP, HOST, STACK_ADDEND, STACK_PAGE, gpr};
 use super::memory::{Ea, Shape};
 use super::operand::number;
 use super::scan::{Inst, Kind};
-use super::stack::stack_register;
-use iced_x86::{Code, Mnemonic, OpAccess, OpKind, Register};
+use super::stack::{RSP, stack_register};
+use iced_x86::{Code, Mnemonic, OpAccess, OpKind};
 
 /// Bytes between the ends of a group, at most.
 const RANGE: i32 = 128;
@@ -57,7 +57,9 @@ impl Emitter<'_> {
             return None;
         }
         let ea = Ea::of(i).ok()?;
-        let Ea { seg: None, base: Some(base), index: None, disp, absolute: None } = ea else { return None };
+        let Ea { seg: None, base: Some(base), index: None, disp, absolute: None, .. } = ea else {
+            return None;
+        };
         HOST[base]?;
         let size = i32::try_from(i.memory_size().size()).ok().filter(|n| (1..=64).contains(n))?;
         let write = !matches!(self.accesses(i)[k as usize], OpAccess::Read | OpAccess::CondRead);
@@ -102,7 +104,7 @@ impl Emitter<'_> {
                 k += 1;
                 continue;
             };
-            let (mut low, mut high) = (first.disp, first.disp + first.size);
+            let (mut low, mut high) = (first.disp, first.disp.saturating_add(first.size));
             let mut members = Vec::new();
             let mut at = k;
             while self.transparent(&insts[at], first.base) && at + 1 < insts.len() {
@@ -111,8 +113,8 @@ impl Emitter<'_> {
                 if a.base != first.base {
                     continue;
                 }
-                let (l, h) = (low.min(a.disp), high.max(a.disp + a.size));
-                if a.write && !first.write || h - l > RANGE {
+                let (l, h) = (low.min(a.disp), high.max(a.disp.saturating_add(a.size)));
+                if a.write && !first.write || h.saturating_sub(l) > RANGE {
                     break;
                 }
                 (low, high) = (l, h);
@@ -157,26 +159,37 @@ impl Emitter<'_> {
     /// Emits a run of stack instructions at the start of `insts` with one check. Returns how many; 0 if it did not.
     pub(super) fn stack_run(&mut self, insts: &[Inst]) -> usize {
         let register = |i: &Inst| match i.i.op0_kind() {
-            OpKind::Register if i.i.op0_register() != Register::RSP => Some(number(i.i.op0_register())),
+            OpKind::Register if i.i.op_count() == 1 && number(i.i.op0_register()) != RSP => {
+                Some(number(i.i.op0_register()))
+            }
             _ => None,
         };
         let pushes = insts
             .iter()
-            .take_while(|i| i.kind == Kind::Push && i.i.code() == Code::Push_r64 && register(i).is_some())
+            .take_while(|i| {
+                i.kind == Kind::Push
+                    && matches!(i.i.code(), Code::Push_r64 | Code::Push_r32)
+                    && register(i).is_some()
+            })
             .count();
         let mut pops = insts
             .iter()
-            .take_while(|i| i.kind == Kind::Pop && i.i.code() == Code::Pop_r64 && register(i).is_some())
+            .take_while(|i| {
+                i.kind == Kind::Pop
+                    && matches!(i.i.code(), Code::Pop_r64 | Code::Pop_r32)
+                    && register(i).is_some()
+            })
             .count();
-        let ret = pops > 0 && insts.get(pops).is_some_and(|i| i.i.code() == Code::Retnq);
+        let ret =
+            pops > 0 && insts.get(pops).is_some_and(|i| matches!(i.i.code(), Code::Retnq | Code::Retnd));
         pops += usize::from(ret);
         let n = pushes.max(pops);
         if !(2..=16).contains(&n) {
             return 0;
         }
-        let (insts, bytes) = (&insts[..n], n as i32 * 8);
+        let (insts, bytes) = (&insts[..n], n as i32 * self.word());
         let low = if pushes > 0 { -bytes } else { 0 };
-        let sp = stack_register();
+        let (sp, word) = (stack_register(), self.word());
         self.start = self.asm.here();
         self.clobber(insts[0].live_in());
         let mut from = Label::default();
@@ -189,10 +202,10 @@ impl Emitter<'_> {
         for (k, i) in insts.iter().enumerate() {
             let k = k as i32;
             let Some(n) = register(i) else { continue };
-            let place = if pushes > 0 { slot(-8 * (k + 1)) } else { slot(8 * k) };
+            let place = if pushes > 0 { slot(-word * (k + 1)) } else { slot(word * k) };
             match (HOST[n], pushes > 0) {
-                (Some(h), true) => self.asm.store(place, h),
-                (Some(h), false) => self.asm.load(h, place),
+                (Some(h), true) => self.store_word(place, h),
+                (Some(h), false) => self.load_word(h, place),
                 (None, true) => {
                     self.asm.load(host::RCX, Rm::Gs(gpr(n)));
                     self.asm.store(place, host::RCX);
@@ -204,12 +217,12 @@ impl Emitter<'_> {
             }
         }
         if ret {
-            self.asm.load(host::RCX, slot(bytes - 8));
+            self.load_word(host::RCX, slot(bytes - word));
         }
-        self.asm.lea(sp, Mem::base(sp, if pushes > 0 { -bytes } else { bytes }));
+        self.set_stack(Mem::base(sp, if pushes > 0 { -bytes } else { bytes }));
         let mut back = Some(self.asm.here());
         if ret {
-            self.blame(&insts[n - 1], 8);
+            self.blame(&insts[n - 1], word as u8);
             self.asm.bytes(&[0xc3]);
             back = None;
         }

@@ -22,7 +22,7 @@ use super::layout::{
     HOST, STACK_ADDEND, STACK_PAGE, TLB, TLB_ADDEND, TLB_MASK, TLB_READ, TLB_SHIFT, TLB_WRITE, gpr, seg_base,
 };
 use super::scan::Inst;
-use iced_x86::{Instruction, Register};
+use iced_x86::{CodeSize, Instruction, Register};
 
 /// A guest memory operand.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,11 +37,16 @@ pub struct Ea {
     pub disp: i32,
     /// The linear address itself, if it is known.
     pub absolute: Option<u64>,
+    /// The address has 32 bits.
+    pub narrow: bool,
 }
 
 impl Ea {
-    /// The memory operand of an instruction with 64-bit addressing.
+    /// The memory operand of an instruction with the usual address size.
     pub fn of(i: &Instruction) -> Result<Self, Unsupported> {
+        if i.code_size() == CodeSize::Code32 {
+            return Ok(Self::narrow(i));
+        }
         let seg = match i.segment_prefix() {
             Register::FS => Some(crate::state::seg::FS),
             Register::GS => Some(crate::state::seg::GS),
@@ -62,12 +67,20 @@ impl Ea {
         // Room for the size of the access.
         disp.checked_add(64).ok_or(Unsupported)?;
         let scale = i.memory_index_scale().trailing_zeros() as u8;
-        Ok(Self { seg, base: part(base), index: part(index).map(|n| (n, scale)), disp, absolute: None })
+        let index = part(index).map(|n| (n, scale));
+        Ok(Self { seg, base: part(base), index, disp, ..Self::default() })
     }
 
-    /// `[register + disp]`.
-    pub fn base(n: usize, disp: i32) -> Self {
-        Self { base: Some(n), disp, ..Self::default() }
+    /// The same in 32-bit code, where all segments are flat.
+    fn narrow(i: &Instruction) -> Self {
+        let part = |r: Register| (r != Register::None).then(|| super::operand::number(r));
+        let (base, index) = (part(i.memory_base()), part(i.memory_index()));
+        let disp = i.memory_displacement32();
+        if base.is_none() && index.is_none() {
+            return Self { absolute: Some(disp.into()), narrow: true, ..Self::default() };
+        }
+        let scale = i.memory_index_scale().trailing_zeros() as u8;
+        Self { base, index: index.map(|n| (n, scale)), disp: disp as i32, narrow: true, ..Self::default() }
     }
 }
 
@@ -200,6 +213,15 @@ impl Emitter<'_> {
 
     /// The operand, `t` holding the addend.
     pub(super) fn complete(&mut self, t: u8, u: u8, ea: &Ea) -> Mem {
+        if self.group_bits != 0 {
+            // The addend is wanted, as it is.
+            return Mem::base(t, 0);
+        }
+        if ea.narrow {
+            self.address(u, ea, 0);
+            self.asm.lea(t, Mem { base: Some(t), index: Some((u, 0)), disp: 0 });
+            return Mem::base(t, 0);
+        }
         if let Some(s) = ea.seg {
             self.asm.alu(op::ADD, t, Rm::Gs(seg_base(s)));
         }
@@ -229,7 +251,14 @@ impl Emitter<'_> {
     /// Computes a linear address plus `extra` into `d`, a scratch register. Uses the host's flags.
     pub(super) fn address(&mut self, d: u8, ea: &Ea, extra: i32) {
         if let Some(lin) = ea.absolute {
-            return self.asm.mov_imm(d, lin.wrapping_add(extra as u64));
+            return self.asm.mov_imm(d, lin.wrapping_add(extra as u64)); // never over the end of a page
+        }
+        if ea.narrow {
+            // The general registers of 32-bit code are all in host registers.
+            let base = ea.base.and_then(|n| HOST[n]);
+            let index = ea.index.and_then(|(n, s)| HOST[n].map(|r| (r, s)));
+            let disp = ea.disp.wrapping_add(extra);
+            return self.asm.rm(false, &[0x8d], d, Rm::Mem(Mem { base, index, disp }));
         }
         let disp = ea.disp + extra;
         let mut started = false;

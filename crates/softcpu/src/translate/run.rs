@@ -76,11 +76,7 @@ impl Cpu {
     #[inline(never)]
     fn run_hot(&mut self, block: &Block) -> Option<Next> {
         // A dead block's page is not guarded: what is translated from it would not see later writes.
-        if !self.mode.is64()
-            || self.mode.contains(Mode::STEP)
-            || block.mode != Mode::CODE64
-            || block.is_dead()
-        {
+        if !self.mode.translatable() || block.mode != self.mode.difference(Mode::USER) || block.is_dead() {
             return None;
         }
         if self.code.translator.is_none() || block.second_page.is_some() {
@@ -123,7 +119,7 @@ impl Cpu {
     /// What a translated block is for, beside its address. Privilege is part of it since links between global pages rely
     /// on all that reach them being allowed to.
     fn block_mode(&self) -> Mode {
-        self.mode.intersection(Mode::CODE64.union(Mode::USER))
+        self.mode.difference(Mode::STEP)
     }
 
     /// The translated block at `ip`, found or made.
@@ -337,7 +333,7 @@ impl Cpu {
     /// Goes on with the translated block at RIP, if there is one. `same`: in the same address space and mode, and nothing
     /// was dropped.
     fn carry_on(&mut self, held: u8, same: bool) -> bool {
-        if self.mode.contains(Mode::STEP) || !self.mode.is64() || self.signals_pending() {
+        if !self.mode.translatable() || self.signals_pending() {
             return false;
         }
         self.jit.key = self.translator_key();

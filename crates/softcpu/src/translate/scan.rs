@@ -2,7 +2,9 @@
 
 use crate::native::Special;
 use crate::native::recipe::{Class, recipe};
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, CodeSize, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+};
 
 /// All arithmetic flags, in the bits of `iced_x86::RflagsBits`.
 pub const ALL: u8 = 0x3f;
@@ -176,6 +178,10 @@ fn normalise(i: &mut Instruction) {
         Mov_moffs16_AX => Mov_rm16_r16,
         Mov_moffs32_EAX => Mov_rm32_r32,
         Mov_moffs64_RAX => Mov_rm64_r64,
+        Inc_r16 => Inc_rm16,
+        Inc_r32 => Inc_rm32,
+        Dec_r16 => Dec_rm16,
+        Dec_r32 => Dec_rm32,
         _ => return,
     };
     i.set_code(code);
@@ -203,37 +209,48 @@ fn has_register_bit_offset(i: &Instruction) -> bool {
     i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register
 }
 
+/// Whether a memory operand, if there is one, is addressed as is usual: not with an address-size prefix, and in 32-bit
+/// code only through the flat segments.
+fn plain_operand(i: &Instruction, narrow: bool) -> bool {
+    if !(0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
+        return true;
+    }
+    let (base, index) = (i.memory_base(), i.memory_index());
+    if narrow {
+        let fits = |r: Register| r == Register::None || r.is_gpr32();
+        let prefixed = matches!(i.segment_prefix(), Register::CS | Register::FS | Register::GS);
+        return fits(base) && fits(index) && i.memory_displ_size() != 2 && !prefixed;
+    }
+    let other = |r: Register| r.is_gpr32() || r == Register::EIP;
+    let absolute = base == Register::None && index == Register::None && i.memory_displ_size() == 4;
+    !other(base) && !other(index) && !absolute
+}
+
 fn classify(i: &Instruction) -> Kind {
     use Mnemonic::*;
+    let narrow = i.code_size() == CodeSize::Code32;
+    let near = if narrow { OpKind::NearBranch32 } else { OpKind::NearBranch64 };
+    let is = |wide: Code, short: Code| i.code() == if narrow { short } else { wide };
     match i.flow_control() {
         FlowControl::Next => {}
         FlowControl::ConditionalBranch => {
-            return if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 {
-                Kind::Jcc
-            } else {
-                Kind::End
-            };
+            return if i.is_jcc_short_or_near() && i.op0_kind() == near { Kind::Jcc } else { Kind::End };
         }
-        FlowControl::UnconditionalBranch if i.op0_kind() == OpKind::NearBranch64 => return Kind::Jmp,
-        FlowControl::Call if i.op0_kind() == OpKind::NearBranch64 => return Kind::Call,
-        FlowControl::IndirectBranch if matches!(i.code(), Code::Jmp_rm64) => return Kind::JmpIndirect,
-        FlowControl::IndirectCall if matches!(i.code(), Code::Call_rm64) => return Kind::CallIndirect,
-        FlowControl::Return if matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => return Kind::Ret,
+        FlowControl::UnconditionalBranch if i.op0_kind() == near => return Kind::Jmp,
+        FlowControl::Call if i.op0_kind() == near => return Kind::Call,
+        FlowControl::IndirectBranch if is(Code::Jmp_rm64, Code::Jmp_rm32) && plain_operand(i, narrow) => {
+            return Kind::JmpIndirect;
+        }
+        FlowControl::IndirectCall if is(Code::Call_rm64, Code::Call_rm32) && plain_operand(i, narrow) => {
+            return Kind::CallIndirect;
+        }
+        FlowControl::Return if is(Code::Retnq, Code::Retnd) || is(Code::Retnq_imm16, Code::Retnd_imm16) => {
+            return Kind::Ret;
+        }
         _ => return Kind::End,
     }
-    // Address-size prefixes are too rare to be worth code.
-    let has_memory = (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
-    if has_memory {
-        let narrow = |r: Register| r.is_gpr32();
-        if narrow(i.memory_base()) || narrow(i.memory_index()) || i.memory_base() == Register::EIP {
-            return Kind::Interpret;
-        }
-        if i.memory_base() == Register::None
-            && i.memory_index() == Register::None
-            && i.memory_displ_size() == 4
-        {
-            return Kind::Interpret;
-        }
+    if !plain_operand(i, narrow) {
+        return Kind::Interpret;
     }
     if i.op_count() > 0
         && (0..i.op_count()).any(|k| {
@@ -268,19 +285,19 @@ fn classify(i: &Instruction) -> Kind {
         Mulx => generic(true),
         Cmpxchg => Kind::Cmpxchg,
         Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo => Kind::Extend,
-        Push if matches!(
-            i.code(),
-            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_rm64
-        ) =>
+        Push if is(Code::Push_r64, Code::Push_r32)
+            || is(Code::Pushq_imm8, Code::Pushd_imm8)
+            || is(Code::Pushq_imm32, Code::Pushd_imm32)
+            || is(Code::Push_rm64, Code::Push_rm32) =>
         {
             Kind::Push
         }
-        Pop if i.code() == Code::Pop_r64
-            || i.code() == Code::Pop_rm64 && i.op0_kind() == OpKind::Register =>
+        Pop if is(Code::Pop_r64, Code::Pop_r32)
+            || is(Code::Pop_rm64, Code::Pop_rm32) && i.op0_kind() == OpKind::Register =>
         {
             Kind::Pop
         }
-        Leave if i.code() == Code::Leaveq => Kind::Leave,
+        Leave if is(Code::Leaveq, Code::Leaved) => Kind::Leave,
         Cli => Kind::Cli,
         Sti => Kind::Sti,
         Pushfq => Kind::Pushf,
@@ -298,6 +315,11 @@ fn vector(i: &Instruction) -> Kind {
             Some(Special::FnstswAx) => Kind::Fnstsw,
             Some(_) => Kind::Interpret,
         };
+    }
+    let narrow = i.code_size() == CodeSize::Code32;
+    if narrow && r.special == Some(Special::Vzeroupper) {
+        // It leaves registers alone that 32-bit code cannot name.
+        return Kind::Interpret;
     }
     if r.special.is_some_and(|s| s != Special::Vzeroupper) || r.x87 {
         return Kind::Interpret;
@@ -334,14 +356,14 @@ fn analyse(mut i: Instruction) -> Inst {
 
 /// Flags that may be read at `ip` before they are written, as far as the code there tells. `page` holds the code of
 /// the page at `page_ip`.
-fn peek(page: &[u8], page_ip: u64, ip: u64) -> u8 {
+fn peek(page: &[u8], page_ip: u64, ip: u64, bits: u32) -> u8 {
     let offset = ip.wrapping_sub(page_ip);
     if offset >= page.len() as u64 {
         return ALL;
     }
     let mut pending = ALL;
     let mut live = 0;
-    let decoder = Decoder::with_ip(64, &page[offset as usize..], ip, DecoderOptions::NONE);
+    let decoder = Decoder::with_ip(bits, &page[offset as usize..], ip, DecoderOptions::NONE);
     for i in decoder.into_iter().take(PEEK) {
         let a = if i.is_invalid() { return live | pending } else { light(&i) };
         live |= a.0 & pending;
@@ -369,17 +391,17 @@ fn light(i: &Instruction) -> (u8, u8) {
     }
 }
 
-/// Decodes the block at `ip`. `exact`: all flags are live wherever an instruction may fault. `page` holds the code of the page that `ip` is in.
-pub fn scan(page: &[u8], ip: u64, exact: bool) -> Scan {
+/// Decodes the block at `ip`, of 64-bit or 32-bit code. `exact`: all flags are live wherever an instruction may fault. `page` holds the code of the page that `ip` is in.
+pub fn scan(page: &[u8], ip: u64, bits: u32, exact: bool) -> Scan {
     let page_ip = ip & !0xfff;
     let mut out = Scan { end: ip, ..Scan::default() };
     let mut side_exits = 0;
-    let mut decoder = Decoder::with_ip(64, &page[(ip & 0xfff) as usize..], ip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits, &page[(ip & 0xfff) as usize..], ip, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
     while decoder.can_decode() && out.insts.len() < MAX {
         decoder.decode_out(&mut instruction);
-        if instruction.is_invalid() {
-            // Undefined, or reaching over the end of the page.
+        if instruction.is_invalid() || bits == 32 && instruction.next_ip() > u64::from(u32::MAX) {
+            // Undefined, or reaching over the end of the page, or of the address space.
             out.stopped = true;
             break;
         }
@@ -398,24 +420,24 @@ pub fn scan(page: &[u8], ip: u64, exact: bool) -> Scan {
             _ => {}
         }
     }
-    liveness(&mut out, page, page_ip);
+    liveness(&mut out, page, page_ip, bits);
     out
 }
 
-fn liveness(out: &mut Scan, page: &[u8], page_ip: u64) {
+fn liveness(out: &mut Scan, page: &[u8], page_ip: u64, bits: u32) {
     let end = out.end;
     let mut live = match out.insts.last() {
         None => return,
         _ if out.stopped => ALL,
         Some(last) => match last.kind {
-            Kind::Jmp => peek(page, page_ip, last.i.near_branch_target()),
+            Kind::Jmp => peek(page, page_ip, last.i.near_branch_target(), bits),
             Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret | Kind::End => ALL,
-            _ => peek(page, page_ip, end),
+            _ => peek(page, page_ip, end, bits),
         },
     };
     for inst in out.insts.iter_mut().rev() {
         if inst.kind == Kind::Jcc {
-            live |= peek(page, page_ip, inst.i.near_branch_target());
+            live |= peek(page, page_ip, inst.i.near_branch_target(), bits);
         }
         inst.live_out = live;
         live = inst.live_in();
@@ -435,8 +457,12 @@ mod tests {
     #[test]
     fn flags_that_a_later_instruction_overwrites_are_dead() {
         // add eax, ebx; mov ecx, [rdx]; cmp eax, ecx; jb +0; xor eax, eax; ret
-        let s =
-            scan(&page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]), 0x1000, false);
+        let s = scan(
+            &page(&[0x01, 0xd8, 0x8b, 0x0a, 0x39, 0xc8, 0x72, 0x00, 0x31, 0xc0, 0xc3]),
+            0x1000,
+            64,
+            false,
+        );
         assert_eq!(s.insts.len(), 6);
         assert_eq!(s.insts[0].live_out, 0);
         assert_eq!(s.insts[1].live_in(), 0);
@@ -447,18 +473,18 @@ mod tests {
     #[test]
     fn increments_keep_carry() {
         // stc; inc eax; adc ebx, 0; jmp .-0 (to itself: flags all live)
-        let s = scan(&page(&[0xf9, 0xff, 0xc0, 0x83, 0xd3, 0x00, 0xeb, 0xfe]), 0x1000, false);
+        let s = scan(&page(&[0xf9, 0xff, 0xc0, 0x83, 0xd3, 0x00, 0xeb, 0xfe]), 0x1000, 64, false);
         assert_eq!(s.insts[0].live_out & iced_x86::RflagsBits::CF as u8, iced_x86::RflagsBits::CF as u8);
         assert_eq!(s.insts[1].live_out, iced_x86::RflagsBits::CF as u8);
     }
 
     #[test]
     fn blocks_end_with_what_only_the_interpreter_can_do() {
-        let s = scan(&page(&[0x90, 0x0f, 0x05]), 0x1000, false); // nop; syscall
+        let s = scan(&page(&[0x90, 0x0f, 0x05]), 0x1000, 64, false); // nop; syscall
         assert!(!s.stopped && s.insts.len() == 2 && s.insts[1].kind == Kind::End);
         let mut p = vec![0x90; 4096];
         p[4095] = 0xe9; // a jump that reaches into the next page
-        let s = scan(&p, 0x1ff0, false);
+        let s = scan(&p, 0x1ff0, 64, false);
         assert!(s.stopped && s.end == 0x1fff);
     }
 }

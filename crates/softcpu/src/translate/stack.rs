@@ -24,22 +24,49 @@ pub(super) enum Pushed {
 }
 
 impl Emitter<'_> {
+    /// Bytes of what PUSH, POP, CALL and RET move.
+    pub(super) fn word(&self) -> i32 {
+        if self.narrow { 4 } else { 8 }
+    }
+
+    /// MOV r, r/m of a word.
+    pub(super) fn load_word(&mut self, r: u8, from: Rm) {
+        self.asm.rm(!self.narrow, &[0x8b], r, from);
+    }
+
+    /// MOV r/m, r of a word.
+    pub(super) fn store_word(&mut self, to: Rm, r: u8) {
+        self.asm.rm(!self.narrow, &[0x89], r, to);
+    }
+
+    /// Sets the stack pointer to an address.
+    pub(super) fn set_stack(&mut self, to: Mem) {
+        self.asm.rm(!self.narrow, &[0x8d], stack_register(), Rm::Mem(to));
+    }
+
+    /// Checks the word at `disp` from a register for reading; `t` is RAX.
+    pub(super) fn check_pop(&mut self, inst: &Inst, n: usize) -> Result<Mem, Unsupported> {
+        let shape = Shape { write: false, size: self.word() as u8, align: 1, once: false };
+        self.check(inst, &Ea { base: Some(n), narrow: self.narrow, ..Ea::default() }, shape, host::RAX)
+    }
+
     /// Checks the slot below the top of the stack for writing; `t` is RAX.
     pub(super) fn check_push(&mut self, inst: &Inst, once: bool) -> Result<Mem, Unsupported> {
-        let shape = Shape { write: true, size: 8, align: 1, once };
-        self.check(inst, &Ea::base(RSP, -8), shape, host::RAX)
+        let shape = Shape { write: true, size: self.word() as u8, align: 1, once };
+        let ea = Ea { base: Some(RSP), disp: -self.word(), narrow: self.narrow, ..Ea::default() };
+        self.check(inst, &ea, shape, host::RAX)
     }
 
     /// Stores to the checked slot and moves the stack pointer.
     pub(super) fn store_push(&mut self, slot: Mem, what: Pushed) {
         match what {
-            Pushed::Register(r) => self.asm.store(Rm::Mem(slot), r),
+            Pushed::Register(r) => self.store_word(Rm::Mem(slot), r),
             Pushed::Constant(v) => {
-                self.asm.rm(true, &[0xc7], 0, Rm::Mem(slot));
+                self.asm.rm(!self.narrow, &[0xc7], 0, Rm::Mem(slot));
                 self.asm.bytes(&v.to_le_bytes());
             }
         }
-        self.asm.lea(stack_register(), Mem::base(stack_register(), -8));
+        self.set_stack(Mem::base(stack_register(), -self.word()));
     }
 
     pub(super) fn push(&mut self, inst: &Inst) -> Done {
@@ -51,18 +78,19 @@ impl Emitter<'_> {
                 self.store_push(slot, Pushed::Register(r));
             }
             OpKind::Memory => {
-                if i.memory_size().size() != 8 {
+                if i.memory_size().size() != self.word() as usize {
                     return Err(Unsupported);
                 }
                 let m = self.operand(inst, false, 1, host::RAX)?;
-                self.asm.load(host::RCX, Rm::Mem(m));
+                self.load_word(host::RCX, Rm::Mem(m));
                 self.asm.store(Rm::Gs(SPILL), host::RCX);
                 let slot = self.check_push(inst, true)?;
                 self.asm.load(host::RCX, Rm::Gs(SPILL));
                 self.store_push(slot, Pushed::Register(host::RCX));
             }
             _ => {
-                let v = i32::try_from(i.immediate(0) as i64).map_err(|_| Unsupported)?;
+                let v = i.immediate(0) as i64;
+                let v = if self.narrow { v as i32 } else { i32::try_from(v).map_err(|_| Unsupported)? };
                 let slot = self.check_push(inst, false)?;
                 self.store_push(slot, Pushed::Constant(v));
             }
@@ -76,30 +104,29 @@ impl Emitter<'_> {
             return Err(Unsupported);
         }
         let n = super::operand::number(r);
-        let shape = Shape { write: false, size: 8, align: 1, once: false };
-        let m = self.check(inst, &Ea::base(RSP, 0), shape, host::RAX)?;
+        let m = self.check_pop(inst, RSP)?;
         let sp = stack_register();
+        let up = Mem::base(sp, self.word());
         match HOST[n] {
-            Some(h) if h == sp => self.asm.load(sp, Rm::Mem(m)),
+            Some(h) if h == sp => self.load_word(sp, Rm::Mem(m)),
             Some(h) => {
-                self.asm.load(h, Rm::Mem(m));
-                self.asm.lea(sp, Mem::base(sp, 8));
+                self.load_word(h, Rm::Mem(m));
+                self.set_stack(up);
             }
             None => {
                 self.asm.load(host::RCX, Rm::Mem(m));
                 self.asm.store(Rm::Gs(gpr(n)), host::RCX);
-                self.asm.lea(sp, Mem::base(sp, 8));
+                self.set_stack(up);
             }
         }
         Ok(())
     }
 
     pub(super) fn leave(&mut self, inst: &Inst) -> Done {
-        let shape = Shape { write: false, size: 8, align: 1, once: false };
-        let m = self.check(inst, &Ea::base(RBP, 0), shape, host::RAX)?;
+        let m = self.check_pop(inst, RBP)?;
         let bp = HOST[RBP].ok_or(Unsupported)?;
-        self.asm.load(host::RCX, Rm::Mem(m));
-        self.asm.lea(stack_register(), Mem::base(bp, 8));
+        self.load_word(host::RCX, Rm::Mem(m));
+        self.set_stack(Mem::base(bp, self.word()));
         self.asm.mov(bp, host::RCX);
         Ok(())
     }

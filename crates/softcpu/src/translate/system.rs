@@ -3,7 +3,6 @@
 use super::asm::{Mem, Rm, cond, host, op};
 use super::emit::{Done, Emitter, Flags, Unsupported};
 use super::layout::{CC, HOST, SPILL};
-use super::memory::{Ea, Shape};
 use super::scan::Inst;
 use super::stack::{Pushed, RSP, stack_register};
 use crate::Cpu;
@@ -63,8 +62,7 @@ impl Emitter<'_> {
         self.kernel_only(inst);
         self.asm.cmp8_imm(Rm::Gs(offset_of!(Cpu, irq_latched)), 0);
         self.interpret_if(cond::NE, &inst.i);
-        let shape = Shape { write: false, size: 8, align: 1, once: false };
-        let m = self.check(inst, &Ea::base(RSP, 0), shape, host::RAX)?;
+        let m = self.check_pop(inst, RSP)?;
         self.asm.load(host::RCX, Rm::Mem(m));
         self.asm.mov(host::RAX, host::RCX);
         self.asm.rm(true, &[0x33], host::RCX, Rm::Gs(FLAGS)); // xor
