@@ -174,7 +174,8 @@ impl Cpu {
     /// INVLPG.
     pub(crate) fn flush_page(&mut self, lin: u64) {
         self.mmu.tlb.flush_page(lin);
-        self.jit.forget_stack();
+        // Tables may have moved.
+        self.retable();
         self.code.drop_jumps(lin);
     }
 
