@@ -1,6 +1,7 @@
 //! Kvasir's command line.
 
 mod chardev;
+mod curses;
 mod doctor;
 mod run;
 mod terminal;

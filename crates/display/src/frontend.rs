@@ -140,12 +140,14 @@ impl VncSpec {
 pub enum FrontEnd {
     /// Nothing: screens can still be captured.
     None,
+    /// Text in the terminal: the front door's business.
+    Curses,
     /// A VNC server.
     Vnc(Box<vnc::Options>),
 }
 
 impl FrontEnd {
-    /// Parses `none`, `vnc=WHERE[,option=value...]`.
+    /// Parses `none`, `curses`, `vnc=WHERE[,option=value...]`.
     ///
     /// # Errors
     /// Says what there is instead.
@@ -153,6 +155,7 @@ impl FrontEnd {
         let (kind, rest) = text.split_once('=').unwrap_or((text, ""));
         match kind {
             "none" if rest.is_empty() => Ok(Self::None),
+            "curses" if rest.is_empty() => Ok(Self::Curses),
             "vnc" => {
                 let bag =
                     Bag { driver: "--display vnc".into(), id: None, props: parse_keyval(rest, "display")? };
@@ -162,7 +165,10 @@ impl FrontEnd {
             "sasl" | "spice" | "egl-headless" | "dbus" => Err(FrontEndError::Config(format!(
                 "--display {kind} is not supported: use vnc=WHERE or none"
             ))),
-            _ => Err(FrontEndError::Config(format!("unknown display '{text}': use vnc=WHERE[,...] or none"))),
+            _ => {
+                let there_is = "use vnc=WHERE[,...], curses or none";
+                Err(FrontEndError::Config(format!("unknown display '{text}': {there_is}")))
+            }
         }
     }
 
@@ -172,7 +178,7 @@ impl FrontEnd {
     /// The server's.
     pub fn start(self, displays: &Arc<Displays>) -> Result<Option<Server>, FrontEndError> {
         match self {
-            Self::None => Ok(None),
+            Self::None | Self::Curses => Ok(None),
             Self::Vnc(options) => Ok(Some(Server::start(displays, *options)?)),
         }
     }

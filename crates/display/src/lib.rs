@@ -18,6 +18,7 @@ mod frontend;
 pub mod input;
 mod rect;
 mod screenshot;
+pub mod terminal;
 mod text;
 pub mod vnc;
 mod watchers;

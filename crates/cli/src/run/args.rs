@@ -77,13 +77,13 @@ pub(crate) struct Args {
     /// Add a network backend for a device: KIND,id=ID[,property=value...]
     #[arg(long, value_name = "KIND,id=ID[,...]")]
     netdev: Vec<String>,
-    /// Connect the serial port: stdio, none, file:PATH or chardev:ID
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: String,
+    /// Connect the serial port: stdio (the default unless the screen is in the terminal), none, file:PATH or chardev:ID
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<String>,
     /// Graphics card: std, none (default: std where there is a display)
     #[arg(long, value_name = "KIND", value_parser = ["std", "none"])]
     vga: Option<String>,
-    /// Show the screen: none, or vnc=[HOST]:N or vnc=unix:PATH with [,to=][,websocket=][,password=][,tls-creds=]...
+    /// Show the screen: none, curses (text in this terminal), or vnc=[HOST]:N or vnc=unix:PATH with [,to=][,websocket=][,password=][,tls-creds=]...
     #[arg(long, value_name = "KIND[=...]", default_value = "none")]
     display: String,
     /// Keyboard layout of the guest, for viewers that send characters
@@ -130,9 +130,28 @@ impl Args {
         Ok(machine.wants_help().then(|| Properties::of::<BoardSpec>().help(&machine.driver)))
     }
 
+    /// Whether the guest's screen is this terminal.
+    pub(super) fn is_screen(&self) -> bool {
+        self.display == "curses"
+    }
+
+    fn serial(&self) -> &str {
+        self.serial.as_deref().unwrap_or(if self.is_screen() { "none" } else { STDIO })
+    }
+
+    /// The keyboard layout of the guest.
+    pub(super) fn keymap(&self) -> Result<Keymap, Failure> {
+        Keymap::named(&self.keymap).map_err(Failure::usage)
+    }
+
     /// The front end of the screens.
     pub(super) fn front_end(&self) -> Result<FrontEnd, Failure> {
-        let keymap = Keymap::named(&self.keymap).map_err(Failure::usage)?;
+        let keymap = self.keymap()?;
+        if self.is_screen() && self.uses_terminal() {
+            return Err(Failure::usage(
+                "--display curses takes the terminal: connect the serial port elsewhere (--serial none or file:PATH)",
+            ));
+        }
         FrontEnd::parse(&self.display, &self.name, keymap).map_err(Failure::usage)
     }
 
@@ -148,7 +167,7 @@ impl Args {
 
     /// Whether the guest's console is this terminal.
     pub(super) fn uses_terminal(&self) -> bool {
-        self.serial == STDIO || self.device.iter().any(|d| d.contains("chardev=stdio"))
+        self.serial() == STDIO || self.device.iter().any(|d| d.contains("chardev=stdio"))
     }
 
     /// Character devices by id; `stdio` is always there.
@@ -194,9 +213,9 @@ impl Args {
             },
             ..Blueprint::default()
         };
-        match self.serial.split_once(':') {
-            None if self.serial == STDIO => blueprint.serials.push(STDIO.into()),
-            None if self.serial == "none" => {}
+        match self.serial().split_once(':') {
+            None if self.serial() == STDIO => blueprint.serials.push(STDIO.into()),
+            None if self.serial() == "none" => {}
             Some(("file", path)) => {
                 chardevs.insert("serial0".into(), chardev::file(path.into(), false)?);
                 blueprint.serials.push("serial0".into());
@@ -205,7 +224,7 @@ impl Args {
             _ => {
                 return Err(Failure::usage(format!(
                     "--serial {}: use stdio, none, file:PATH or chardev:ID",
-                    self.serial
+                    self.serial()
                 )));
             }
         }

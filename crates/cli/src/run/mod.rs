@@ -6,6 +6,7 @@ mod net;
 
 pub(crate) use args::Args;
 
+use crate::curses::Curses;
 use crate::terminal::{self, Escape, HELP, RawMode, Stdio};
 use crate::{Failure, status};
 use machine::{Chardevs, Machine, Outcome};
@@ -26,7 +27,7 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
         "kvasir: '{}' on {}{}",
         blueprint.name,
         acceleration.reason,
-        if args.uses_terminal() { "; Ctrl-A h for help, Ctrl-A x to quit" } else { "" }
+        if args.uses_terminal() || args.is_screen() { "; Ctrl-A h for help, Ctrl-A x to quit" } else { "" }
     );
     let front_end = args.front_end()?;
     let mut machine = Machine::new(blueprint, &acceleration, chardevs)?;
@@ -37,7 +38,7 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
             eprintln!("kvasir: for browsers at http://{address}/");
         }
     }
-    let raw = if args.uses_terminal() {
+    let raw = if args.uses_terminal() || args.is_screen() {
         RawMode::enter().map_err(|e| Failure {
             status: status::HOST,
             message: format!("cannot set up the terminal: {e}"),
@@ -47,22 +48,29 @@ pub(crate) fn main(args: &Args) -> Result<u8, Failure> {
     };
     let remote = machine.remote();
     let asked = remote.clone();
-    if args.uses_terminal() {
-        stdio
-            .spawn_reader(move |escape| match escape {
-                Escape::Quit => asked.quit(),
-                Escape::PowerButton => asked.power_button(),
-                Escape::Reset => asked.reset(),
-                Escape::Help => eprint!("{HELP}"),
-                Escape::Monitor => eprint!("\r\n(the monitor is not available in this version)\r\n"),
-            })
-            .map_err(|e| Failure {
-                status: status::HOST,
-                message: format!("cannot read standard input: {e}"),
-            })?;
+    let ask = move |escape| match escape {
+        Escape::Quit => asked.quit(),
+        Escape::PowerButton => asked.power_button(),
+        Escape::Reset => asked.reset(),
+        Escape::Help => eprint!("{HELP}"),
+        Escape::Monitor => eprint!("\r\n(the monitor is not available in this version)\r\n"),
+    };
+    let mut curses = None;
+    if args.is_screen() {
+        let started = Curses::start(machine.displays(), args.keymap()?, ask);
+        curses = Some(
+            started
+                .map_err(|e| Failure { status: status::HOST, message: format!("--display curses: {e}") })?,
+        );
+    } else if args.uses_terminal() {
+        stdio.spawn_reader(ask).map_err(|e| Failure {
+            status: status::HOST,
+            message: format!("cannot read standard input: {e}"),
+        })?;
     }
     watch_signals(remote, stdio)?;
     let outcome = machine.run();
+    drop(curses);
     if args.stats {
         for (name, value) in machine.stats() {
             eprintln!("{name:<40} {value}");

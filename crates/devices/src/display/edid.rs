@@ -14,8 +14,11 @@ pub struct Monitor {
 /// Length of an EDID with one extension.
 pub const LENGTH: usize = 256;
 
+/// Byte and bit among the established timings.
+type Established = Option<(usize, u8)>;
+
 /// Standard timings that are offered: width, height, and (for those that have one) place and bit in the established timings.
-const MODES: &[(u32, u32, Option<(usize, u8)>)] = &[
+const MODES: &[(u32, u32, Established)] = &[
     (640, 480, Some((35, 5))),
     (800, 600, Some((35, 0))),
     (1024, 768, Some((36, 3))),

@@ -98,7 +98,7 @@ impl Device for XhciPci {
             return;
         }
         let mut core = self.lock();
-        if offset & 3 != 0 || data.len() % 4 != 0 {
+        if offset & 3 != 0 || !data.len().is_multiple_of(4) {
             return; // registers are written whole (xHCI 1.2, 5.1)
         }
         for (i, word) in data.as_chunks::<4>().0.iter().enumerate() {

@@ -81,13 +81,7 @@ impl Core {
             0x08 => 1, // pages of 4 KiB
             0x14 => s.notifications,
             // The pointer reads as zero; whether it runs does not.
-            0x18 => {
-                if s.commands_run {
-                    COMMAND_RUNNING as u32
-                } else {
-                    0
-                }
-            }
+            0x18 if s.commands_run => COMMAND_RUNNING as u32,
             0x30 => s.contexts as u32,
             0x34 => (s.contexts >> 32) as u32,
             0x38 => s.config,
