@@ -62,13 +62,18 @@ impl Guest {
         self.directory.join("initramfs.cpio")
     }
 
+    /// Beside the initramfs, the program that loads disks.
+    pub fn diskload(&self) -> PathBuf {
+        self.directory.join("diskload.cpio")
+    }
+
     /// The kernel's build configuration.
     pub fn config(&self) -> PathBuf {
         self.directory.join("config")
     }
 
     fn is_complete(&self) -> bool {
-        [self.bzimage(), self.vmlinux(), self.initramfs(), self.config()].iter().all(|file| file.is_file())
+        [self.bzimage(), self.vmlinux(), self.initramfs(), self.diskload(), self.config()].iter().all(|file| file.is_file())
     }
 }
 
@@ -112,6 +117,8 @@ pub fn prepare(force: bool) -> Result<Guest> {
 
     let init = paths::workspace().join("lab/guest/init");
     let init = std::fs::read(&init).with_context(|| init.display().to_string())?;
+    let load = paths::workspace().join("lab/guest/diskload.c");
+    let load = std::fs::read(&load).with_context(|| load.display().to_string())?;
     let Some(meta) = Package::find("linux-image-cloud-amd64")? else {
         if have.is_some() {
             eprintln!("xtask: no package lists; using the guest prepared earlier");
@@ -122,10 +129,11 @@ pub fn prepare(force: bool) -> Result<Guest> {
     let image = meta.behind("linux-image-")?;
     let busybox = Package::require("busybox-static")?;
     let want = format!(
-        "format {FORMAT}\n{}\n{}\ninit {:016x}\nmodules {}\n",
+        "format {FORMAT}\n{}\n{}\ninit {:016x}\ndiskload {:016x}\nmodules {}\n",
         image.label(),
         busybox.label(),
         fnv1a(&init),
+        fnv1a(&load),
         MODULES.join(" ")
     );
     if have.as_deref() == Some(&want) {
@@ -140,6 +148,9 @@ pub fn prepare(force: bool) -> Result<Guest> {
     install_kernel(&guest, &image)?;
     let initramfs = initramfs(&init, &busybox_program(&busybox)?, &Modules::open(&image)?)?;
     paths::write_atomically(&guest.initramfs(), &initramfs)?;
+    let mut archive = cpio::Archive::new();
+    archive.file("/bin/diskload", 0o755, &diskload()?)?;
+    paths::write_atomically(&guest.diskload(), &archive.finish()?)?;
     paths::write_atomically(&stamp, want.as_bytes())?;
     Ok(guest)
 }
@@ -192,6 +203,18 @@ fn initramfs(init: &[u8], busybox: &Path, available: &Modules) -> Result<Vec<u8>
     let modules = available.with_dependencies(MODULES)?;
     modules::install(&mut archive, available.release(), &modules)?;
     archive.finish()
+}
+
+/// The program that loads disks, for measurements.
+fn diskload() -> Result<Vec<u8>> {
+    let source = paths::workspace().join("lab/guest/diskload.c");
+    let directory = tempfile::tempdir()?;
+    let program = directory.path().join("diskload");
+    let status = std::process::Command::new("cc").args(["-Os", "-s", "-static", "-o"]).arg(&program).arg(&source).status();
+    if !status.context("cc: cannot run; install gcc")?.success() {
+        bail!("{}: does not compile", source.display());
+    }
+    std::fs::read(&program).with_context(|| program.display().to_string())
 }
 
 /// The FNV-1a hash: tells whether a file changed.

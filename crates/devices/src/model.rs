@@ -67,6 +67,13 @@ pub trait Parts {
     /// # Errors
     /// No such image, or it is in use by another device.
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError>;
+    /// Checks that there is an object of the kind iothread with this id.
+    ///
+    /// # Errors
+    /// There is none.
+    fn check_iothread(&mut self, id: &str) -> Result<(), CreateError> {
+        Err(CreateError::Other(format!("there is no iothread object '{id}'; add --object iothread,id={id}")))
+    }
     /// Tells of a drive whose medium can be changed, or whose image may be resized, while the machine runs.
     fn offer_drive(&mut self, _drive: &Arc<crate::storage::Drive>) {}
     /// Tells of the machine's balloon.

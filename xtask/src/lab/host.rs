@@ -133,6 +133,7 @@ fn image(scenario: &Scenario, material: &Material, package: &Path, busybox: &Pat
         archive.copy(&material.guest.bzimage(), "/lab/guest/bzImage")?;
         archive.copy(&material.guest.vmlinux(), "/lab/guest/vmlinux")?;
         archive.copy(&material.guest.initramfs(), "/lab/guest/initramfs.cpio")?;
+        archive.copy(&material.guest.diskload(), "/lab/guest/diskload.cpio")?;
     }
     if scenario.needs("tiny") {
         archive.copy(&material.tiny, "/lab/guest/tiny")?;

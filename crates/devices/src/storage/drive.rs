@@ -557,7 +557,7 @@ impl Drive {
                 Judgement::Ignore => return Ok(()),
                 Judgement::Stop => {
                     let workers = lock(&self.workers).upgrade();
-                    self.system.request(SystemRequest::IoError(self.name.clone()));
+                    self.stop_machine();
                     match workers.map(|w| w.stall()) {
                         Some(Verdict::Retry) => {}
                         Some(Verdict::Abandon) => return Err(Fault::Aborted),
@@ -566,6 +566,11 @@ impl Drive {
                 }
             }
         }
+    }
+
+    /// Asks for the machine to stop, because of an error of the host.
+    pub fn stop_machine(&self) {
+        self.system.request(SystemRequest::IoError(self.name.clone()));
     }
 
     /// What the policy says about an error of the host; it is logged.

@@ -73,6 +73,8 @@ pub(crate) struct Builder {
     pub(crate) chardevs: Chardevs,
     pub(crate) drives: Drives,
     pub(crate) netdevs: Netdevs,
+    /// Objects of the kind iothread.
+    pub(crate) iothreads: Vec<String>,
     pub(crate) serials: Vec<String>,
     pub(crate) acpi: AcpiConfig,
     pub(crate) reserved: Vec<E820>,
@@ -230,6 +232,12 @@ pub(crate) fn build(
         chardevs,
         drives,
         netdevs,
+        iothreads: blueprint
+            .objects
+            .iter()
+            .filter(|o| o.driver == "iothread")
+            .filter_map(|o| o.id.clone())
+            .collect(),
         serials: blueprint.serials.clone(),
         acpi: AcpiConfig {
             topology,

@@ -23,6 +23,7 @@ pub(super) struct Context<'a> {
     pub(super) displays: &'a Arc<Displays>,
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
+    pub(super) iothreads: &'a [String],
     pub(super) chardevs: &'a mut Chardevs,
     pub(super) netdevs: &'a mut Netdevs,
     pub(super) irqs: &'a Arc<dyn Irqs>,
@@ -96,6 +97,17 @@ impl Parts for Context<'_> {
         }
         *self.balloon = Some(balloon.clone());
         Ok(())
+    }
+
+    fn check_iothread(&mut self, id: &str) -> Result<(), CreateError> {
+        if self.iothreads.iter().any(|t| t == id) {
+            return Ok(());
+        }
+        let near = nearest(id, self.iothreads.iter().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
+        Err(CreateError::Other(format!(
+            "there is no iothread object '{id}'{}",
+            near.unwrap_or_else(|| format!("; add --object iothread,id={id}"))
+        )))
     }
 
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError> {

@@ -157,6 +157,7 @@ impl Builder {
             balloon: &mut self.balloon,
             system: &self.system,
             drives: &mut self.drives,
+            iothreads: &self.iothreads,
             chardevs: &mut self.chardevs,
             netdevs: &mut self.netdevs,
             irqs: &self.irqs,

@@ -13,17 +13,19 @@ mod worker;
 use super::{RingSpec, VirtioDevice, read_structure};
 use crate::model::{CreateError, Kind, Model, Parts};
 use base::props::{Bag, Properties};
-use base::{EventFd, RateLimit};
+use base::EventFd;
+use crate::storage::{Drive, DriveEvent, DriveSpec, OnError};
 use block::Image;
+use bus::System;
 use bus::virtio::{Activation, Interrupt, SharedQueue, device_id};
 use bus::{State, StateError};
 use memory::GuestMemory;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use request::Request;
 use worker::{Engine, Worker};
 
 /// The model.
@@ -77,6 +79,12 @@ pub struct Spec {
     /// Let the guest switch the cache mode.
     #[serde(rename = "config-wce")]
     pub config_wce: bool,
+    /// What to do when the host cannot read.
+    pub rerror: OnError,
+    /// What to do when the host cannot write.
+    pub werror: OnError,
+    /// Object of the kind iothread that the disk's thread is named after. Each disk has a thread of its own in any case.
+    pub iothread: Option<String>,
     /// Ring features.
     #[serde(flatten)]
     pub ring: RingSpec,
@@ -99,6 +107,9 @@ impl Default for Spec {
             write_zeroes: true,
             write_cache: true,
             config_wce: true,
+            rerror: OnError::Report,
+            werror: OnError::Enospc,
+            iothread: None,
             ring: RingSpec::default(),
         }
     }
@@ -109,9 +120,16 @@ fn create(bag: &Bag, parts: &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, Cre
     if spec.drive.is_empty() {
         return Err(CreateError::Other("virtio-blk: drive= is missing; name a disk image".into()));
     }
+    check(&spec)?;
+    if let Some(id) = &spec.iothread {
+        parts.check_iothread(id)?;
+    }
     let vcpus = parts.vcpus();
     let image = parts.take_drive(&spec.drive)?;
-    Ok(Box::new(Blk::new(&spec, image, vcpus)?))
+    let name = bag.id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&spec.drive);
+    let blk = Blk::new(&spec, name, image, vcpus, parts.system().clone())?;
+    parts.offer_drive(&blk.disk.drive);
+    Ok(Box::new(blk))
 }
 
 /// Feature bits (virtio 1.2, 5.2.3).
@@ -140,12 +158,13 @@ const MAX_RANGES: u32 = 32;
 /// What requests are checked against and carried out on; shared with the worker.
 struct Disk {
     image: Arc<Image>,
+    /// What the user sees of it: its name, and what becomes of errors.
+    drive: Arc<Drive>,
     serial: [u8; SERIAL_LEN],
     read_only: bool,
     block_size: u32,
     /// The cache is write-back; without that every write is made durable.
     writeback: AtomicBool,
-    log: RateLimit,
 }
 
 impl Disk {
@@ -164,6 +183,21 @@ pub struct Blk {
     engine: Engine,
     running: bool,
     active: Option<Active>,
+    /// Requests that an error stopped; tried again when the machine goes on.
+    stopped: Vec<Request>,
+    resized: Arc<Mutex<Resized>>,
+}
+
+/// The way to tell the driver of another size.
+#[derive(Default)]
+struct Resized {
+    /// While the device may interrupt.
+    interrupt: Option<Interrupt>,
+    due: bool,
+}
+
+fn lock(resized: &Mutex<Resized>) -> MutexGuard<'_, Resized> {
+    resized.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// What an active device has.
@@ -217,16 +251,38 @@ fn check(spec: &Spec) -> Result<(), CreateError> {
     if spec.serial.as_ref().is_some_and(|s| s.len() > SERIAL_LEN) {
         return bad(format!("serial= is longer than {SERIAL_LEN} characters"));
     }
+    if spec.rerror == OnError::Enospc {
+        return bad("rerror=enospc makes no sense: reading needs no space; use report, ignore or stop".into());
+    }
     Ok(())
 }
 
 impl Blk {
-    /// A disk with the properties of `spec` on `image`; `vcpus` is the default number of queues.
+    /// A disk with the properties of `spec` on `image`; `vcpus` is the default number of queues, and `system` hears of
+    /// errors.
     ///
     /// # Errors
     /// Properties that make no sense.
-    pub fn new(spec: &Spec, image: Arc<Image>, vcpus: u32) -> Result<Self, CreateError> {
+    pub fn new(
+        spec: &Spec,
+        name: &str,
+        image: Arc<Image>,
+        vcpus: u32,
+        system: System,
+    ) -> Result<Self, CreateError> {
         check(spec)?;
+        let policy = DriveSpec { rerror: spec.rerror, werror: spec.werror, ..DriveSpec::default() };
+        let drive = Arc::new(Drive::disk(name, &policy, image.clone(), system));
+        let resized = Arc::<Mutex<Resized>>::default();
+        let heard = Arc::downgrade(&resized);
+        drive.listen(move |event| {
+            let Some(resized) = heard.upgrade().filter(|_| event == DriveEvent::Resized) else { return };
+            let mut resized = lock(&resized);
+            match &resized.interrupt {
+                Some(interrupt) => interrupt.config_changed(),
+                None => resized.due = true,
+            }
+        });
         let read_only = spec.read_only || image.is_read_only();
         let queues = spec.num_queues.unwrap_or(vcpus.clamp(1, 256) as u16);
         let mut features = feature::SEG_MAX
@@ -252,7 +308,7 @@ impl Blk {
             read_only,
             block_size: spec.logical_block_size,
             writeback: AtomicBool::new(spec.write_cache),
-            log: RateLimit::new(5, Duration::from_secs(10)),
+            drive,
         };
         Ok(Self {
             spec: spec.clone(),
@@ -263,6 +319,8 @@ impl Blk {
             engine: Engine::default(),
             running: false,
             active: None,
+            stopped: Vec::new(),
+            resized,
         })
     }
 
@@ -302,17 +360,25 @@ impl Blk {
                 interrupt: active.interrupt.clone(),
                 kick: active.kick.clone(),
                 engine: self.engine,
+                name: self.spec.iothread.clone().unwrap_or_else(|| MODEL.name.into()),
+                stopped: std::mem::take(&mut self.stopped),
             })?);
+            let mut resized = lock(&self.resized);
+            resized.interrupt = Some(active.interrupt.clone());
+            if std::mem::take(&mut resized.due) {
+                active.interrupt.config_changed();
+            }
         }
         Ok(())
     }
 
     /// Stops the worker; returns when it has finished what it had begun.
     fn stop_worker(&mut self) {
+        lock(&self.resized).interrupt = None;
         if let Some(active) = &mut self.active
             && let Some(worker) = active.worker.take()
         {
-            worker.stop(&active.kick);
+            self.stopped = worker.stop(&active.kick);
         }
     }
 }
@@ -371,6 +437,8 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         self.stop_worker();
         self.active = None;
+        self.stopped.clear();
+        lock(&self.resized).due = false;
         self.accepted = 0;
         self.disk.writeback.store(self.spec.write_cache, Ordering::Relaxed);
     }
@@ -387,6 +455,10 @@ impl VirtioDevice for Blk {
     }
 
     fn save(&self) -> Result<State, StateError> {
+        if !self.stopped.is_empty() {
+            let reason = "requests wait for an I/O error to be resolved; let the machine go on first".into();
+            return Err(StateError::Invalid { kind: MODEL.name.into(), reason });
+        }
         State::new(MODEL.name, 1, &Saved { writeback: self.disk.writeback.load(Ordering::Relaxed) })
     }
 

@@ -1,6 +1,7 @@
 //! Requests: their form (virtio 1.2, 5.2.6), and carrying them out in place.
 
 use super::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+use crate::storage::Judgement;
 use crate::storage::pieces::Pieces;
 use bus::virtio::{Chain, QueueError, Writer};
 use memory::GuestMemory;
@@ -13,6 +14,9 @@ pub(super) const OK: u8 = 0;
 pub(super) const IOERR: u8 = 1;
 /// Status byte: not something this device does.
 pub(super) const UNSUPPORTED: u8 = 2;
+
+/// Not a status: the policy wants the machine stopped, and the request tried again later.
+pub(super) const STOP: u8 = 0xff;
 
 /// Request types.
 const T_IN: u32 = 0;
@@ -292,16 +296,13 @@ pub(super) struct Direct<'a> {
     pub(super) alignment: u32,
 }
 
-/// The status for the result of an operation; failures are logged.
+/// The status for the result of an operation, as the drive's policy wants it.
 fn report(disk: &Disk, what: &str, result: block::Result<()>) -> u8 {
-    match result {
-        Ok(()) => OK,
-        Err(e) => {
-            if let Some(suppressed) = disk.log.allow() {
-                tracing::warn!(suppressed, "virtio-blk: {what} on {}: {e}", disk.image.name());
-            }
-            IOERR
-        }
+    let Err(e) = result else { return OK };
+    match disk.drive.judge(what, what != "read", &e) {
+        Judgement::Report(_) => IOERR,
+        Judgement::Ignore => OK,
+        Judgement::Stop => STOP,
     }
 }
 

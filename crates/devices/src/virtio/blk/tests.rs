@@ -5,6 +5,7 @@ use super::*;
 use block::{DetectZeroes, OpenOptions};
 use bus::virtio::testing::{Guest, TRANSPORTS, Transport};
 use bus::virtio::{feature as ring, status};
+use bus::{System, SystemRequest};
 use proptest::prelude::*;
 use std::io::Write;
 use tempfile::NamedTempFile;
@@ -34,7 +35,7 @@ fn spec() -> Spec {
 }
 
 fn device(image: Arc<Image>, engine: Engine) -> Box<dyn VirtioDevice> {
-    let mut blk = Blk::new(&spec(), image, 1).unwrap();
+    let mut blk = Blk::new(&spec(), "d0", image, 1, System::new(|_| {})).unwrap();
     blk.engine = engine;
     Box::new(blk)
 }
@@ -249,7 +250,7 @@ fn configuration_space() {
         discard_granularity: Some(65536),
         ..spec()
     };
-    let blk = Blk::new(&spec, open(&file, false), 1).unwrap();
+    let blk = Blk::new(&spec, "d0", open(&file, false), 1, System::new(|_| {})).unwrap();
     let mut guest = Guest::new(Box::new(blk), Transport::Pci, false);
     guest.bring_up(ALL, 2);
     assert_eq!(u64::from_le_bytes(guest.read_config(0)), 64);
@@ -285,10 +286,10 @@ fn properties_are_checked() {
         Spec { serial: Some("123456789012345678901".into()), ..spec() },
     ];
     for spec in bad {
-        let e = Blk::new(&spec, open(&file, true), 1).err().unwrap().to_string();
+        let e = Blk::new(&spec, "d0", open(&file, true), 1, System::new(|_| {})).err().unwrap().to_string();
         assert!(e.starts_with("virtio-blk: "), "{e}");
     }
-    assert_eq!(Blk::new(&Spec { num_queues: None, ..spec() }, open(&file, true), 3).unwrap().queues, 3);
+    assert_eq!(Blk::new(&Spec { num_queues: None, ..spec() }, "d0", open(&file, true), 3, System::new(|_| {})).unwrap().queues, 3);
 }
 
 #[test]
@@ -413,4 +414,78 @@ proptest! {
         drop(guest);
         prop_assert_eq!(std::fs::metadata(file.path()).unwrap().len(), 64 * 512);
     }
+}
+
+#[test]
+fn the_driver_hears_of_another_size() {
+    for transport in TRANSPORTS {
+        let file = disk_file(64);
+        let image = open(&file, false);
+        let blk = Blk::new(&spec(), "d0", image.clone(), 1, System::new(|_| {})).unwrap();
+        let drive = blk.disk.drive.clone();
+        let mut guest = Guest::new(Box::new(blk), transport, true);
+        guest.bring_up(ALL & !ring::RING_PACKED, 2);
+        let sectors = |guest: &Guest| u64::from_le_bytes(guest.read_config::<8>(0));
+        assert_eq!(sectors(&guest), 64);
+        guest.device().pause().unwrap();
+        image.resize(128 * 512, block::formats::Preallocation::Off).unwrap();
+        drive.resized();
+        let before = guest.generation();
+        guest.device().start().unwrap();
+        assert_eq!(sectors(&guest), 128, "{transport:?}");
+        assert_ne!(guest.generation(), before, "{transport:?}");
+        image.resize(256 * 512, block::formats::Preallocation::Off).unwrap();
+        drive.resized();
+        assert_eq!(sectors(&guest), 256, "{transport:?}");
+    }
+}
+
+#[test]
+fn an_error_stops_the_machine_and_the_request_is_tried_again() {
+    use std::sync::atomic::AtomicU32;
+    let file = disk_file(64);
+    let asked = Arc::new(AtomicU32::new(0));
+    let count = asked.clone();
+    let system = System::new(move |r| {
+        if matches!(r, SystemRequest::IoError(_)) {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let image = open(&file, false);
+    let gate = Arc::new(Gate { shut: AtomicBool::new(true) });
+    image.watch(gate.clone());
+    let spec = Spec { werror: OnError::Stop, ..spec() };
+    let blk = Blk::new(&spec, "d0", image, 1, system).unwrap();
+    let mut guest = Guest::new(Box::new(blk), Transport::Pci, true);
+    guest.bring_up(ALL & !ring::RING_PACKED, 2);
+    guest.mem.write(DATA, &[0x77; 512]).unwrap();
+    header(&guest, HEADER, 1, 3);
+    guest.submit(0, &[(HEADER, 16, false), (DATA, 512, false), (STATUS, 1, true)]).unwrap();
+    let notes = guest.notes.clone();
+    notes.wait("the wish to stop", || asked.load(Ordering::SeqCst) == 1);
+    guest.device().pause().unwrap();
+    assert!(guest.device().save().is_err(), "a request is not lost silently");
+    guest.device().start().unwrap();
+    notes.wait("another", || asked.load(Ordering::SeqCst) == 2);
+    guest.device().pause().unwrap();
+    gate.shut.store(false, Ordering::SeqCst);
+    guest.device().start().unwrap();
+    guest.wait_used(0);
+    assert_eq!(guest.mem.read_obj::<u8>(STATUS).unwrap(), 0);
+    assert_eq!(std::fs::read(file.path()).unwrap()[3 * 512..4 * 512], [0x77; 512]);
+}
+
+/// Lets no change through while it is shut.
+struct Gate {
+    shut: AtomicBool,
+}
+
+impl block::jobs::Watcher for Gate {
+    fn before_change(&self, _: u64, _: u64) -> block::Result<()> {
+        if self.shut.load(Ordering::SeqCst) {
+            return Err(block::Error::io("write", std::io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
+        Ok(())
+    }
+    fn after_change(&self, _: u64, _: u64) {}
 }

@@ -8,7 +8,7 @@
 //!   done in place.
 
 use super::Disk;
-use super::request::{Direct, IOERR, OK, Operation, Request, report_errno};
+use super::request::{Direct, IOERR, OK, Operation, Request, STOP, report_errno};
 use super::uring::{DEPTH, Event, Uring};
 use crate::storage::pieces::{MOST, in_memory};
 use base::EventFd;
@@ -42,11 +42,15 @@ pub(super) struct Setup {
     pub(super) interrupt: Interrupt,
     pub(super) kick: Arc<EventFd>,
     pub(super) engine: Engine,
+    /// Name of the thread.
+    pub(super) name: String,
+    /// Requests to try again.
+    pub(super) stopped: Vec<Request>,
 }
 
 /// A running worker.
 pub(super) struct Worker {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Vec<Request>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -60,23 +64,25 @@ impl Worker {
         let stop = Arc::new(AtomicBool::new(false));
         let thread_stop = stop.clone();
         let thread = std::thread::Builder::new()
-            .name("virtio-blk".into())
+            .name(setup.name.clone())
             .stack_size(STACK)
             .spawn(move || run(setup, &thread_stop))?;
         Ok(Self { thread, stop })
     }
 
-    /// Ends the thread; returns when all that was begun is finished.
-    pub(super) fn stop(self, kick: &EventFd) {
+    /// Ends the thread; returns when all that was begun is finished, with the requests that are to be tried again.
+    pub(super) fn stop(self, kick: &EventFd) -> Vec<Request> {
         self.stop.store(true, Ordering::SeqCst);
         kick.signal();
-        if self.thread.join().is_err() {
+        self.thread.join().unwrap_or_else(|_| {
             tracing::error!("virtio-blk: the worker panicked; requests may be lost");
-        }
+            Vec::new()
+        })
     }
 }
 
-fn run(setup: Setup, stop: &AtomicBool) {
+fn run(mut setup: Setup, stop: &AtomicBool) -> Vec<Request> {
+    let again = std::mem::take(&mut setup.stopped);
     let disk = setup.disk.clone();
     let direct = disk.image.direct().map(|(fd, base, alignment)| Direct { fd, base, alignment });
     let file = direct.as_ref().map(|d| d.fd).filter(|fd| setup.engine.asynchronous(*fd));
@@ -95,8 +101,10 @@ fn run(setup: Setup, stop: &AtomicBool) {
         slots: Vec::new(),
         free: Vec::new(),
         bounce: Vec::new(),
+        stopped: Vec::new(),
         stop,
     };
+    lanes.try_again(again);
     let result = match uring {
         Some(uring) => lanes.with_uring(uring),
         None => lanes.with_poll(),
@@ -104,6 +112,7 @@ fn run(setup: Setup, stop: &AtomicBool) {
     if let Err(e) = result {
         setup.interrupt.fail(&format!("the worker cannot go on: {e}"));
     }
+    lanes.stopped
 }
 
 impl Engine {
@@ -131,6 +140,8 @@ struct Lanes<'a> {
     slots: Vec<Request>,
     free: Vec<usize>,
     bounce: Vec<u8>,
+    /// Requests that an error stopped.
+    stopped: Vec<Request>,
     stop: &'a AtomicBool,
 }
 
@@ -194,13 +205,14 @@ impl Lanes<'_> {
             {
                 continue;
             }
-            let result = self.perform(slot).and_then(|written| queue.push(&self.slots[slot].chain, written));
-            self.free.push(slot);
-            if let Err(e) = result {
-                self.fail(lane, &mut queue, &e);
-                break;
+            let status = self.perform(slot);
+            match self.give_back(slot, &mut queue, status) {
+                Ok(given) => unpublished += u32::from(given),
+                Err(e) => {
+                    self.fail(lane, &mut queue, &e);
+                    break;
+                }
             }
-            unpublished += 1;
             if unpublished == BATCH {
                 unpublished = 0;
                 self.publish(lane, &mut queue);
@@ -244,8 +256,49 @@ impl Lanes<'_> {
         Ok(true)
     }
 
-    /// Does a request in place; returns the number of bytes written to the guest.
-    fn perform(&mut self, slot: usize) -> Result<u32, QueueError> {
+    /// Completes a request, or puts it aside if the machine is to stop. Returns whether the ring has it again.
+    fn give_back(
+        &mut self,
+        slot: usize,
+        queue: &mut Queue,
+        status: Result<u8, QueueError>,
+    ) -> Result<bool, QueueError> {
+        self.free.push(slot);
+        let status = status?;
+        if status == STOP {
+            self.stopped.push(std::mem::replace(&mut self.slots[slot], Request::new()));
+            // Once for each request: the machine may have been resumed meanwhile.
+            self.disk.drive.stop_machine();
+            return Ok(false);
+        }
+        let request = &self.slots[slot];
+        let written = request.finish(&self.setup.memory, status)?;
+        queue.push(&request.chain, written)?;
+        Ok(true)
+    }
+
+    /// Does requests over that an error had stopped.
+    fn try_again(&mut self, requests: Vec<Request>) {
+        for request in requests {
+            let lane = request.queue;
+            let shared = self.setup.queues[lane].1.clone();
+            let mut queue = lock(&shared);
+            let Some(slot) = self.free_slot() else {
+                self.stopped.push(request);
+                continue;
+            };
+            self.slots[slot] = request;
+            let status = self.perform(slot);
+            match self.give_back(slot, &mut queue, status) {
+                Ok(true) => self.publish(lane, &mut queue),
+                Ok(false) => {}
+                Err(e) => self.fail(lane, &mut queue, &e),
+            }
+        }
+    }
+
+    /// Does a request in place; returns its status.
+    fn perform(&mut self, slot: usize) -> Result<u8, QueueError> {
         let request = &mut self.slots[slot];
         let memory = &self.setup.memory;
         let mut direct = self.direct;
@@ -260,8 +313,7 @@ impl Lanes<'_> {
                 && (d.base + request.offset).is_multiple_of(alignment as u64);
             direct = direct.filter(|_| fits);
         }
-        let status = request.perform(memory, self.disk, direct, &mut self.bounce)?;
-        request.finish(memory, status)
+        request.perform(memory, self.disk, direct, &mut self.bounce)
     }
 
     /// A submitted request is done: completes it, and gives it back without telling the driver yet.
@@ -289,14 +341,11 @@ impl Lanes<'_> {
                 Ok(if n < 0 { report_errno(self.disk, what, -n) } else { IOERR })
             }
         };
-        let mut queue = lock(&self.setup.queues[lane].1);
-        let pushed = status
-            .and_then(|status| self.slots[slot].finish(memory, status))
-            .and_then(|written| queue.push(&self.slots[slot].chain, written));
-        if let Err(e) = pushed {
+        let shared = self.setup.queues[lane].1.clone();
+        let mut queue = lock(&shared);
+        if let Err(e) = self.give_back(slot, &mut queue, status) {
             self.fail(lane, &mut queue, &e);
         }
-        self.free.push(slot);
         lane
     }
 
