@@ -67,11 +67,11 @@ pub trait Parts {
     /// # Errors
     /// No such image, or it is in use by another device.
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError>;
-    /// Checks that there is an object of the kind iothread with this id.
+    /// How long the iothread object of this id polls at most before it sleeps, in nanoseconds, if it says.
     ///
     /// # Errors
     /// There is none.
-    fn check_iothread(&mut self, id: &str) -> Result<(), CreateError> {
+    fn iothread(&mut self, id: &str) -> Result<Option<u64>, CreateError> {
         Err(CreateError::Other(format!("there is no iothread object '{id}'; add --object iothread,id={id}")))
     }
     /// Tells of a drive whose medium can be changed, or whose image may be resized, while the machine runs.

@@ -74,9 +74,9 @@ struct NoSpec {}
 #[derive(Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 #[allow(dead_code)] // some are only checked: disks have threads of their own
-struct IoThread {
+pub(crate) struct IoThread {
     /// Longest time to poll, in nanoseconds.
-    poll_max_ns: Option<u64>,
+    pub(crate) poll_max_ns: Option<u64>,
     /// Factor by which polling grows.
     poll_grow: Option<u64>,
     /// Factor by which polling shrinks.

@@ -19,6 +19,7 @@ use crate::smbios::{self, SmbiosConfig};
 use crate::topology::Topology;
 use crate::{Chardevs, Error, Result, acpi, cpu};
 use accel::{Accel, CpuSignals, Cpuid, Irqs, Slot, Vcpu, VcpuConfig, Vm};
+use base::props::Bag;
 use base::{Timers, nearest};
 use bus::pci::{PciBus, Windows, reg};
 use bus::{Bus, IrqPin, RegionId, SharedDevice, Space, System};
@@ -74,7 +75,7 @@ pub(crate) struct Builder {
     pub(crate) drives: Drives,
     pub(crate) netdevs: Netdevs,
     /// Objects of the kind iothread.
-    pub(crate) iothreads: Vec<String>,
+    pub(crate) iothreads: Vec<Bag>,
     pub(crate) serials: Vec<String>,
     pub(crate) acpi: AcpiConfig,
     pub(crate) reserved: Vec<E820>,
@@ -236,7 +237,7 @@ pub(crate) fn build(
             .objects
             .iter()
             .filter(|o| o.driver == "iothread")
-            .filter_map(|o| o.id.clone())
+            .cloned()
             .collect(),
         serials: blueprint.serials.clone(),
         acpi: AcpiConfig {

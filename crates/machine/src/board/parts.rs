@@ -4,6 +4,7 @@ use crate::Chardevs;
 use crate::drives::Drives;
 use crate::netdevs::Netdevs;
 use accel::{Doorbells, Irqs, Vm};
+use base::props::Bag;
 use base::{Timers, nearest};
 use bus::{Chardev, IrqLine, IrqPin, System};
 use devices::chipset::Clock;
@@ -23,7 +24,7 @@ pub(super) struct Context<'a> {
     pub(super) displays: &'a Arc<Displays>,
     pub(super) system: &'a System,
     pub(super) drives: &'a mut Drives,
-    pub(super) iothreads: &'a [String],
+    pub(super) iothreads: &'a [Bag],
     pub(super) chardevs: &'a mut Chardevs,
     pub(super) netdevs: &'a mut Netdevs,
     pub(super) irqs: &'a Arc<dyn Irqs>,
@@ -99,15 +100,16 @@ impl Parts for Context<'_> {
         Ok(())
     }
 
-    fn check_iothread(&mut self, id: &str) -> Result<(), CreateError> {
-        if self.iothreads.iter().any(|t| t == id) {
-            return Ok(());
-        }
-        let near = nearest(id, self.iothreads.iter().map(String::as_str)).map(|n| format!("; did you mean '{n}'?"));
-        Err(CreateError::Other(format!(
-            "there is no iothread object '{id}'{}",
-            near.unwrap_or_else(|| format!("; add --object iothread,id={id}"))
-        )))
+    fn iothread(&mut self, id: &str) -> Result<Option<u64>, CreateError> {
+        let Some(bag) = self.iothreads.iter().find(|o| o.id.as_deref() == Some(id)) else {
+            let ids = self.iothreads.iter().filter_map(|o| o.id.as_deref());
+            let near = nearest(id, ids).map(|n| format!("; did you mean '{n}'?"));
+            return Err(CreateError::Other(format!(
+                "there is no iothread object '{id}'{}",
+                near.unwrap_or_else(|| format!("; add --object iothread,id={id}"))
+            )));
+        };
+        Ok(bag.spec::<crate::objects::IoThread>()?.poll_max_ns)
     }
 
     fn take_drive(&mut self, id: &str) -> Result<Arc<block::Image>, CreateError> {

@@ -158,6 +158,16 @@ impl Queue {
         })
     }
 
+    /// Whether there is something to take: for devices that watch a queue for a while instead of being notified.
+    pub fn has_available(&mut self) -> bool {
+        let there = match &mut self.ring {
+            Ring::Split(r) => r.look(&self.mem),
+            Ring::Packed(r) => r.look(&self.mem),
+        };
+        // What is wrong with the ring, `pop` says.
+        !self.broken && there.unwrap_or(true)
+    }
+
     /// [`Self::pop`]; if there is none, asks the driver to notify about the next.
     ///
     /// # Errors

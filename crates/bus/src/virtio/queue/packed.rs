@@ -115,15 +115,18 @@ impl Packed {
         self.descriptors + u64::from(index) * Descriptor::LEN
     }
 
-    fn look(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+    /// Whether there is something to take. With all slots out, what lies at the next one is the driver's old descriptor.
+    pub(super) fn look(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        if self.slots_out == self.size {
+            return Ok(false);
+        }
         let flags = mem.load_u16(self.slot(self.next_available.index) + 14, Ordering::Acquire)?;
         let (available, used) = (flags & AVAILABLE != 0, flags & USED != 0);
         Ok(available == self.next_available.wrap && used != self.next_available.wrap)
     }
 
     pub(super) fn pop(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
-        // With all slots out, what lies at the next one is the driver's old descriptor.
-        if self.slots_out == self.size || !self.look(mem)? {
+        if !self.look(mem)? {
             return Ok(false);
         }
         let mut at = self.next_available;

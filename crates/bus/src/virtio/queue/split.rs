@@ -75,7 +75,7 @@ impl Split {
     }
 
     /// Reads the driver's index; says whether there is something to take.
-    fn look(&mut self, mem: &GuestMemory) -> Result<bool, QueueError> {
+    pub(super) fn look(&mut self, mem: &GuestMemory) -> Result<bool, QueueError> {
         let index = mem.load_u16(self.available + 2, Ordering::Acquire)?;
         if index.wrapping_sub(self.next_available) > self.size {
             return Err(QueueError::Overflow);

@@ -4,6 +4,7 @@
 //! sleeps in io_uring, where it also submits reads and writes straight between guest memory and the image's
 //! descriptor; images that are more than a flat file are called instead (see [`worker`]).
 
+mod poll;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use request::Request;
 use worker::{Engine, Worker};
 
@@ -121,13 +123,17 @@ fn create(bag: &Bag, parts: &mut dyn Parts) -> Result<Box<dyn VirtioDevice>, Cre
         return Err(CreateError::Other("virtio-blk: drive= is missing; name a disk image".into()));
     }
     check(&spec)?;
-    if let Some(id) = &spec.iothread {
-        parts.check_iothread(id)?;
-    }
+    let poll = match &spec.iothread {
+        Some(id) => parts.iothread(id)?,
+        None => None,
+    };
     let vcpus = parts.vcpus();
     let image = parts.take_drive(&spec.drive)?;
     let name = bag.id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&spec.drive);
-    let blk = Blk::new(&spec, name, image, vcpus, parts.system().clone())?;
+    let mut blk = Blk::new(&spec, name, image, vcpus, parts.system().clone())?;
+    if let Some(poll) = poll {
+        blk.poll = Duration::from_nanos(poll);
+    }
     parts.offer_drive(&blk.disk.drive);
     Ok(Box::new(blk))
 }
@@ -181,6 +187,8 @@ pub struct Blk {
     accepted: u64,
     disk: Arc<Disk>,
     engine: Engine,
+    /// How long the worker polls at most before it sleeps.
+    poll: Duration,
     running: bool,
     active: Option<Active>,
     /// Requests that an error stopped; tried again when the machine goes on.
@@ -317,6 +325,7 @@ impl Blk {
             accepted: 0,
             disk: Arc::new(disk),
             engine: Engine::default(),
+            poll: poll::default(),
             running: false,
             active: None,
             stopped: Vec::new(),
@@ -360,6 +369,7 @@ impl Blk {
                 interrupt: active.interrupt.clone(),
                 kick: active.kick.clone(),
                 engine: self.engine,
+                poll: self.poll,
                 name: self.spec.iothread.clone().unwrap_or_else(|| MODEL.name.into()),
                 stopped: std::mem::take(&mut self.stopped),
             })?);

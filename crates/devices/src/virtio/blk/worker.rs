@@ -8,6 +8,7 @@
 //!   done in place.
 
 use super::Disk;
+use super::poll::Poll;
 use super::request::{Direct, IOERR, OK, Operation, Request, STOP, report_errno};
 use super::uring::{DEPTH, Event, Uring};
 use crate::storage::pieces::{MOST, in_memory};
@@ -19,6 +20,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// How the worker waits and works; `Auto` unless a test wants to see the others work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +44,8 @@ pub(super) struct Setup {
     pub(super) interrupt: Interrupt,
     pub(super) kick: Arc<EventFd>,
     pub(super) engine: Engine,
+    /// How long to poll at most before sleeping.
+    pub(super) poll: Duration,
     /// Name of the thread.
     pub(super) name: String,
     /// Requests to try again.
@@ -102,6 +106,7 @@ fn run(mut setup: Setup, stop: &AtomicBool) -> Vec<Request> {
         free: Vec::new(),
         bounce: Vec::new(),
         stopped: Vec::new(),
+        poll: Poll::new(setup.poll),
         stop,
     };
     lanes.try_again(again);
@@ -142,6 +147,7 @@ struct Lanes<'a> {
     bounce: Vec<u8>,
     /// Requests that an error stopped.
     stopped: Vec<Request>,
+    poll: Poll,
     stop: &'a AtomicBool,
 }
 
@@ -349,6 +355,14 @@ impl Lanes<'_> {
         lane
     }
 
+    /// Watches the queues for a while. `true` if one of them has something.
+    fn watch(&self) -> bool {
+        self.poll.run(|| {
+            let any = |queue: &SharedQueue| lock(queue).has_available();
+            self.stop.load(Ordering::Relaxed) || self.setup.queues.iter().any(|(_, queue)| any(queue))
+        })
+    }
+
     /// Asks the drivers to notify. `true` if one of them has something already.
     fn listen(&self) -> bool {
         let mut more = false;
@@ -396,17 +410,23 @@ impl Lanes<'_> {
             let full = self.in_flight() == DEPTH as usize;
             kicked = false;
             if !stopping && !full && !listening {
-                kicked = self.listen();
+                kicked = self.in_flight() == 0 && self.watch() || self.listen();
                 if kicked {
                     continue;
                 }
                 listening = true;
             }
+            let idle = (self.in_flight() == 0).then(Instant::now);
             uring.submit_and_wait()?;
             uring.events(&mut events)?;
             for event in events.drain(..) {
                 match event {
-                    Event::Kick => kicked = true,
+                    Event::Kick => {
+                        kicked = true;
+                        if let Some(since) = idle {
+                            self.poll.slept(since.elapsed());
+                        }
+                    }
                     Event::Done { slot, result } => {
                         let lane = self.complete(slot, result);
                         touched[lane] = true;
@@ -429,8 +449,10 @@ impl Lanes<'_> {
             for lane in 0..self.setup.queues.len() {
                 self.gather(lane, None)?;
             }
-            if !self.listen() {
+            if !self.watch() && !self.listen() {
+                let since = Instant::now();
                 self.setup.kick.wait()?;
+                self.poll.slept(since.elapsed());
             }
         }
         Ok(())
