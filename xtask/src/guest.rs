@@ -73,7 +73,9 @@ impl Guest {
     }
 
     fn is_complete(&self) -> bool {
-        [self.bzimage(), self.vmlinux(), self.initramfs(), self.diskload(), self.config()].iter().all(|file| file.is_file())
+        [self.bzimage(), self.vmlinux(), self.initramfs(), self.diskload(), self.config()]
+            .iter()
+            .all(|file| file.is_file())
     }
 }
 
@@ -149,7 +151,7 @@ pub fn prepare(force: bool) -> Result<Guest> {
     let initramfs = initramfs(&init, &busybox_program(&busybox)?, &Modules::open(&image)?)?;
     paths::write_atomically(&guest.initramfs(), &initramfs)?;
     let mut archive = cpio::Archive::new();
-    archive.file("/bin/diskload", 0o755, &diskload()?)?;
+    archive.file("/bin/diskload", 0o755, &diskload(&guest.directory)?)?;
     paths::write_atomically(&guest.diskload(), &archive.finish()?)?;
     paths::write_atomically(&stamp, want.as_bytes())?;
     Ok(guest)
@@ -206,15 +208,17 @@ fn initramfs(init: &[u8], busybox: &Path, available: &Modules) -> Result<Vec<u8>
 }
 
 /// The program that loads disks, for measurements.
-fn diskload() -> Result<Vec<u8>> {
+fn diskload(directory: &Path) -> Result<Vec<u8>> {
     let source = paths::workspace().join("lab/guest/diskload.c");
-    let directory = tempfile::tempdir()?;
-    let program = directory.path().join("diskload");
-    let status = std::process::Command::new("cc").args(["-Os", "-s", "-static", "-o"]).arg(&program).arg(&source).status();
+    let program = directory.join(format!("diskload.{}", std::process::id()));
+    let mut cc = std::process::Command::new("cc");
+    let status = cc.args(["-Os", "-s", "-static", "-o"]).arg(&program).arg(&source).status();
     if !status.context("cc: cannot run; install gcc")?.success() {
         bail!("{}: does not compile", source.display());
     }
-    std::fs::read(&program).with_context(|| program.display().to_string())
+    let bytes = std::fs::read(&program).with_context(|| program.display().to_string());
+    std::fs::remove_file(&program)?;
+    bytes
 }
 
 /// The FNV-1a hash: tells whether a file changed.

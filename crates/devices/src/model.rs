@@ -181,7 +181,11 @@ impl Model {
     pub fn all_properties(&self) -> Properties {
         let mut all = (self.properties)();
         match self.kind {
-            Kind::Virtio(_) | Kind::Pci(_) => all.0.extend(PlaceSpec::properties().0),
+            Kind::Virtio(_) | Kind::Pci(_) => {
+                // An NVMe controller's place in the boot order is its namespace's.
+                let own: Vec<String> = all.names().map(String::from).collect();
+                all.0.extend(PlaceSpec::properties().0.into_iter().filter(|p| !own.contains(&p.name)));
+            }
             Kind::Isa(_) | Kind::Child { .. } => {}
         }
         all

@@ -233,12 +233,7 @@ pub(crate) fn build(
         chardevs,
         drives,
         netdevs,
-        iothreads: blueprint
-            .objects
-            .iter()
-            .filter(|o| o.driver == "iothread")
-            .cloned()
-            .collect(),
+        iothreads: blueprint.objects.iter().filter(|o| o.driver == "iothread").cloned().collect(),
         serials: blueprint.serials.clone(),
         acpi: AcpiConfig {
             topology,

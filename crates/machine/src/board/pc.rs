@@ -5,6 +5,7 @@ use super::{Board, Builder, PciView};
 use crate::acpi::{PciHost, Power, SCI_GSI};
 use crate::blueprint::BoardSpec;
 use crate::{Error, Result};
+use base::props::Bag;
 use bus::pci::{ConfigPorts, PciBus, Route, Windows};
 use bus::{IrqPin, RegionId};
 use devices::chipset::{AcpiPm, MemoryController, Piix3, Piix4Pm, PirqRouter, SmBus};
@@ -88,5 +89,6 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     b.pci_view = Some(PciView { bus: pci.clone(), ecam: None, low });
     b.pci = Some(pci);
     b.windows = Some(windows);
+    b.plug_one(&Bag::new("piix3-ide").with("addr", "1.1"))?;
     b.serial_ports()
 }

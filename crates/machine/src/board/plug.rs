@@ -82,6 +82,9 @@ impl Builder {
                 let place = PlaceSpec::take(&mut bag)?;
                 let at = self.pci_place(&bag.driver, &place)?;
                 let device = create(&bag, &mut self.context(&mut offered), &at)?;
+                for (_, index, _) in &mut offered.bootable {
+                    *index = index.or(place.bootindex);
+                }
                 offered.path = self.add_pci(&at, &place, device)?;
                 pci = Some(at);
             }

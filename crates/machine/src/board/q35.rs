@@ -5,6 +5,7 @@ use crate::Result;
 use crate::acpi::{PciHost, Power, SCI_GSI};
 use crate::blueprint::BoardSpec;
 use crate::kernel::E820;
+use base::props::Bag;
 use bus::pci::{ConfigPorts, Ecam, PciBus, Route, Windows};
 use bus::{IrqPin, RegionId};
 use devices::chipset::{
@@ -105,5 +106,6 @@ fn build(b: &mut Builder, spec: &BoardSpec) -> Result<()> {
     b.pci_view = Some(PciView { bus: pci.clone(), ecam: Some(place), low });
     b.pci = Some(pci);
     b.windows = Some(windows);
+    b.plug_one(&Bag::new("ich9-ahci").with("addr", "1f.2"))?;
     b.serial_ports()
 }

@@ -1,7 +1,7 @@
 //! The adapter's global registers, and what its threads share.
 
+use super::PORTS;
 use super::port::{Port, PortSaved, Reset};
-use super::{PORTS, THREADS};
 use crate::storage::Workers;
 use crate::storage::ata::IdeBus;
 use bus::pci::{Intx, Msi};
@@ -68,7 +68,6 @@ impl HbaSaved {
 
 impl Hba {
     pub(super) fn new(memory: GuestMemory, intx: Arc<Intx>, msi: Msi, workers: Arc<Workers>) -> Self {
-        debug_assert!(THREADS > 0);
         let hba = Self {
             memory,
             workers,

@@ -251,16 +251,10 @@ impl Hba {
                     s.is &= !(is::CONNECT | is::READY);
                 }
             }
-            reg::SACT => {
-                if s.cmd & cmd::ST != 0 {
-                    s.sact |= value;
-                }
-            }
-            reg::CI => {
-                if s.cmd & cmd::ST != 0 {
-                    s.ci |= value;
-                    self.issue(state, port);
-                }
+            reg::SACT if s.cmd & cmd::ST != 0 => s.sact |= value,
+            reg::CI if s.cmd & cmd::ST != 0 => {
+                s.ci |= value;
+                self.issue(state, port);
             }
             _ => {}
         }
@@ -530,7 +524,7 @@ impl Hba {
                 p.s.is |= is::HOST_DATA;
             }
             let pio = matches!(command.action.protocol(), Some(Protocol::Pio(_)));
-            if pio && !reply.is_error() && (done > 0 || command.action.len() > 0) {
+            if pio && !reply.is_error() && (done > 0 || !command.action.is_empty()) {
                 let len = done.min(u16::MAX.into()) as u16;
                 let frame = fis::pio_setup(&command.task, &reply, !command.write, len);
                 p.receive(&self.memory, fis::PIO_SETUP_AT, &frame);

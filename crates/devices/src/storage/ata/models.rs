@@ -4,7 +4,7 @@ use super::{AtaDrive, AtaIdentity};
 use crate::model::{CreateError, Kind, Model, Parts};
 use crate::place::ChildBus;
 use crate::storage::DriveSpec;
-use crate::storage::scsi::{Lun, LunIdentity, LunKind, open_drive};
+use crate::storage::scsi::{Lun, LunIdentity, LunKind, boot_class, open_drive};
 use base::props::{Bag, Properties};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -33,6 +33,8 @@ pub struct Spec {
     /// The drive.
     #[serde(flatten)]
     pub drive: DriveSpec,
+    /// Place in the order in which firmware boots; lower comes first.
+    pub bootindex: Option<u32>,
     /// Connector: 0 (master) or 1 (slave, on IDE channels); the first free one if not given.
     pub unit: Option<u8>,
     /// Model that the guest sees, up to 40 characters.
@@ -93,7 +95,11 @@ fn create(bag: &Bag, parts: &mut dyn Parts, bus: &ChildBus, cdrom: bool) -> Resu
     } else {
         AtaDrive::disk(drive, identity)
     };
-    if bus.attach(place, &Arc::new(drive)) { Ok(()) } else { bad("the connector is taken".into()) }
+    if !bus.attach(place, &Arc::new(drive)) {
+        return bad("the connector is taken".into());
+    }
+    parts.bootable(boot_class(cdrom), spec.bootindex, &format!("drive@{:x}/disk@{place:x}", bus.number()));
+    Ok(())
 }
 
 /// Serial numbers of drives that are given none count up, as QEMU's do.

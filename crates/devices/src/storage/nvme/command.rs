@@ -97,7 +97,7 @@ impl Command {
             return Ok(sg);
         }
         if left <= page {
-            if second % page != 0 {
+            if !second.is_multiple_of(page) {
                 return Err(Status::PRP_OFFSET);
             }
             push(&mut sg, second, left)?;
@@ -112,14 +112,14 @@ impl Command {
             let entry: u64 = memory.read_obj(at).map_err(|_| Status::DATA_TRANSFER)?;
             let last = (at + 8).is_multiple_of(page);
             if last && left > page {
-                if entry % page != 0 {
+                if !entry.is_multiple_of(page) {
                     return Err(Status::PRP_OFFSET);
                 }
                 // It starts at the beginning of a page, so each page of the list gives some data: this ends.
                 at = entry;
                 continue;
             }
-            if entry % page != 0 {
+            if !entry.is_multiple_of(page) {
                 return Err(Status::PRP_OFFSET);
             }
             let n = left.min(page);

@@ -2,7 +2,7 @@
 
 use crate::model::{CreateError, Kind, Model, Parts};
 use crate::place::ChildBus;
-use crate::storage::scsi::open_drive;
+use crate::storage::scsi::{boot_class, open_drive};
 use crate::storage::{Drive, DriveEvent, DriveSaved, DriveSpec};
 use base::props::{Bag, Properties};
 use schemars::JsonSchema;
@@ -25,6 +25,8 @@ pub struct Spec {
     /// The drive.
     #[serde(flatten)]
     pub drive: DriveSpec,
+    /// Place in the order in which firmware boots; lower comes first.
+    pub bootindex: Option<u32>,
     /// Namespace identifier, 1 to 256; the first free one if not given.
     pub nsid: Option<u32>,
     /// IEEE extended unique identifier (64 bits); one made from the number if not given.
@@ -83,7 +85,11 @@ pub(super) fn plug(
     let drive = open_drive(bag, &spec.drive, parts, false)?;
     // A locally administered identifier of ours, as others make them.
     let eui64 = spec.eui64.or(spec.drive.wwn).unwrap_or(0x5254_0000_0000_0000 | u64::from(nsid));
-    if bus.attach(nsid, drive, eui64) { Ok(()) } else { bad(format!("nsid={nsid} is taken")) }
+    if !bus.attach(nsid, drive, eui64) {
+        return bad(format!("nsid={nsid} is taken"));
+    }
+    parts.bootable(boot_class(false), spec.bootindex, &format!("namespace@{nsid:x},0"));
+    Ok(())
 }
 
 impl NvmeBus {

@@ -12,8 +12,8 @@ mod tests;
 
 pub use bus::{LunAddress, ScsiBus, ScsiBusEvent, ScsiBusSaved};
 pub use mmc::media_read;
-pub(in crate::storage) use models::open_drive;
 pub use models::{CD, HD};
+pub(in crate::storage) use models::{boot_class, open_drive};
 pub use sense::{CHECK_CONDITION, Failure, GOOD, SENSE_LEN, Sense, TASK_ABORTED};
 
 use super::{Buffer, Drive, DriveEvent, DriveSaved};

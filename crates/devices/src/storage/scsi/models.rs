@@ -2,7 +2,7 @@
 
 use super::{Lun, LunAddress, LunIdentity, LunKind, ScsiBus};
 use crate::model::{CreateError, Kind, Model, Parts};
-use crate::place::ChildBus;
+use crate::place::{BootClass, ChildBus};
 use crate::storage::{Drive, DriveSpec};
 use base::props::{Bag, Properties};
 use schemars::JsonSchema;
@@ -32,6 +32,8 @@ pub struct Spec {
     /// The drive.
     #[serde(flatten)]
     pub drive: DriveSpec,
+    /// Place in the order in which firmware boots; lower comes first.
+    pub bootindex: Option<u32>,
     /// Channel; there is only channel 0.
     pub channel: u32,
     /// Target, 0 to 255; the first free one if not given.
@@ -86,6 +88,8 @@ fn create(bag: &Bag, parts: &mut dyn Parts, bus: &ChildBus, kind: LunKind) -> Re
     };
     let lun = Arc::new(Lun::new(kind, drive, identity));
     if bus.attach(address, &lun) {
+        let path = format!("channel@0/disk@{:x},{:x}", address.target, address.lun);
+        parts.bootable(boot_class(kind == LunKind::Cdrom), spec.bootindex, &path);
         return Ok(());
     }
     bad(format!("scsi-id={},lun={} is taken or impossible", address.target, address.lun))
@@ -108,6 +112,11 @@ fn place(bus: &ScsiBus, spec: &Spec) -> Result<LunAddress, String> {
         return Err(format!("scsi-id={target},lun={lun} is taken; choose another"));
     }
     Ok(address)
+}
+
+/// What firmware takes a drive for.
+pub(in crate::storage) fn boot_class(cdrom: bool) -> BootClass {
+    if cdrom { BootClass::Cdrom } else { BootClass::Disk }
 }
 
 /// Opens the drive that a bag describes: a disk needs an image, a CD-ROM drive may be empty.

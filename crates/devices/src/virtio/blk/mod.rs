@@ -13,21 +13,21 @@ mod worker;
 
 use super::{RingSpec, VirtioDevice, read_structure};
 use crate::model::{CreateError, Kind, Model, Parts};
-use base::props::{Bag, Properties};
-use base::EventFd;
 use crate::storage::{Drive, DriveEvent, DriveSpec, OnError};
+use base::EventFd;
+use base::props::{Bag, Properties};
 use block::Image;
 use bus::System;
 use bus::virtio::{Activation, Interrupt, SharedQueue, device_id};
 use bus::{State, StateError};
 use memory::GuestMemory;
+use request::Request;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
-use request::Request;
 use worker::{Engine, Worker};
 
 /// The model.

@@ -289,7 +289,12 @@ fn properties_are_checked() {
         let e = Blk::new(&spec, "d0", open(&file, true), 1, System::new(|_| {})).err().unwrap().to_string();
         assert!(e.starts_with("virtio-blk: "), "{e}");
     }
-    assert_eq!(Blk::new(&Spec { num_queues: None, ..spec() }, "d0", open(&file, true), 3, System::new(|_| {})).unwrap().queues, 3);
+    assert_eq!(
+        Blk::new(&Spec { num_queues: None, ..spec() }, "d0", open(&file, true), 3, System::new(|_| {}))
+            .unwrap()
+            .queues,
+        3
+    );
 }
 
 #[test]
