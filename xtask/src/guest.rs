@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::Package;
 use crate::modules::{self, Modules};
-use crate::{cpio, kernel, paths};
+use crate::{cpio, kernel, paths, stress};
 
 /// Raised when this file changes in a way that existing caches do not show.
 const FORMAT: u32 = 1;
@@ -81,6 +81,7 @@ impl Guest {
 
 pub fn task(options: &Options) -> Result<ExitCode> {
     let guest = prepare(options.force)?;
+    stress::prepare(&guest)?;
     if options.gzip {
         let plain = std::fs::read(guest.initramfs())?;
         let packed = guest.directory.join("initramfs.cpio.gz");

@@ -13,6 +13,7 @@ mod modules;
 mod paths;
 mod qemu;
 mod stopwatch;
+mod stress;
 mod tiny;
 
 use std::process::ExitCode;
@@ -37,6 +38,8 @@ enum Task {
     Bench(bench::Options),
     /// Fetch the newest of QEMU's disk image tools, and print their directory, for KVASIR_QEMU_BIN
     QemuTools,
+    /// Run the stress guest on the software CPU and check its results
+    Stress(stress::Options),
     /// Start a virtual machine monitor and time it until its guest prints a line (used by the scenarios)
     Stopwatch(stopwatch::Options),
 }
@@ -47,6 +50,7 @@ fn main() -> Result<ExitCode> {
         Task::Lab(options) => lab::task(&options),
         Task::Bench(options) => bench::task(&options),
         Task::QemuTools => qemu::task(),
+        Task::Stress(options) => stress::task(&options),
         Task::Stopwatch(options) => stopwatch::task(&options),
     }
 }

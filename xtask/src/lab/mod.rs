@@ -3,7 +3,7 @@
 //! See `docs/lab.md`.
 
 mod host;
-mod programs;
+pub mod programs;
 mod run;
 mod scenario;
 
