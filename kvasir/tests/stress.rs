@@ -25,7 +25,7 @@ fn results_under_stress_are_right() {
     let more = ["--kernel", &kernel, "--initrd", initrd, "--append", append];
     let end = Run::start(kvasir(&[&args[..], &more].concat()), Duration::from_secs(600)).finish();
     assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
-    for what in ["patch", "forks", "maps", "vectors", "faults", "compile", "together"] {
+    for what in ["patch", "forks", "maps", "vectors", "clocks", "faults", "compile", "together"] {
         assert!(end.stdout.contains(&format!("STRESS-OK {what}")), "{what}: {}", end.stdout);
     }
     for line in std::fs::read_to_string(stress("expected")).unwrap().lines() {

@@ -4,6 +4,7 @@
 //   stress forks COUNT      processes that share and copy memory
 //   stress maps SECONDS     pages that come, go and change their rights under running threads
 //   stress vectors SECONDS  vector and x87 registers kept across switches between threads
+//   stress clocks SECONDS   clocks that never go back, whichever processor reads them
 //   stress faults COUNT     faults handled by the program, with every register as it was
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -244,6 +245,37 @@ static void faults(long count) {
     if (handled != count) bad("faults handled", handled);
 }
 
+static _Atomic int64_t latest[2];
+
+static int64_t read_clock(int which) {
+    struct timespec t;
+    clock_gettime(which ? CLOCK_REALTIME : CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+static void *clock_readers(void *number) {
+    (void)number;
+    while (!over())
+        for (int round = 0; round < 2000; round++) {
+            int which = round & 1;
+            int64_t seen = atomic_load(&latest[which]);
+            int64_t now = read_clock(which);
+            // What another thread has read already cannot be later than what is read after that.
+            if (now < seen) bad(which ? "the time of day goes back by ns" : "the monotonic clock goes back by ns", seen - now);
+            while (seen < now && !atomic_compare_exchange_weak(&latest[which], &seen, now)) {
+            }
+        }
+    return 0;
+}
+
+static void clocks(double seconds) {
+    int64_t monotonic = read_clock(0), real = read_clock(1);
+    until(seconds);
+    on_threads(clock_readers);
+    int64_t apart = (read_clock(1) - real) - (read_clock(0) - monotonic);
+    if (apart > 100000000 || apart < -100000000) bad("clocks drift apart by ns", apart);
+}
+
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
     double amount = atof(argv[2]);
@@ -251,6 +283,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[1], "forks")) forks(amount);
     else if (!strcmp(argv[1], "maps")) maps(amount);
     else if (!strcmp(argv[1], "vectors")) vectors(amount);
+    else if (!strcmp(argv[1], "clocks")) clocks(amount);
     else if (!strcmp(argv[1], "faults")) faults(amount);
     else return 2;
     printf("STRESS-OK %s\n", argv[1]);

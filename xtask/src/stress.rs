@@ -19,7 +19,7 @@ pub struct Options {
     /// How many times longer than the short run
     #[arg(long, default_value_t = 1)]
     scale: u32,
-    /// Only one program: patch, forks, maps, vectors, faults or compile
+    /// Only one program: patch, forks, maps, vectors, clocks, faults or compile
     #[arg(long)]
     only: Option<String>,
     /// vCPUs

@@ -263,7 +263,7 @@ impl Cpu {
             match *n {
                 // Unlike the guest's own writes, these do not change each other.
                 msr::index::TSC => {
-                    let offset = self.vm.clock.settle(*v);
+                    let offset = self.vm.clock.settle(self.me.index, *v, self.msr.tsc_offset);
                     self.set_tsc_offset(offset);
                     continue;
                 }
