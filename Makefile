@@ -2,8 +2,8 @@
 
 # A C compiler and linker, for cargo.
 BUILD_PACKAGES = gcc libc6-dev
-# Firmware for guests that boot from a disk.
-RUN_PACKAGES = seabios ovmf
+# Firmware for guests that boot from a disk; what makes such disks from packages.
+RUN_PACKAGES = seabios ovmf mmdebstrap openssh-client
 # The lab host's emulator, the other implementation the disk formats are compared with, a reader for our archives.
 TEST_PACKAGES = qemu-system-x86 qemu-utils cpio procps
 

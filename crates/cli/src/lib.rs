@@ -5,6 +5,7 @@ mod curses;
 mod doctor;
 mod run;
 mod terminal;
+mod vms;
 
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -39,6 +40,14 @@ struct Cli {
 enum Command {
     /// Run a virtual machine in this terminal
     Run(Box<run::Args>),
+    /// Make a virtual machine and keep it: from Debian's packages, an image, a URL or an ISO
+    Create(Box<vms::CreateArgs>),
+    /// Start a virtual machine made with 'create'
+    Start(vms::StartArgs),
+    /// List the virtual machines made with 'create'
+    Ls(vms::ListArgs),
+    /// Remove virtual machines made with 'create'
+    Rm(vms::RemoveArgs),
     /// Work on disk images: create, convert, check, resize, snapshot, serve... ("kvasir image --help")
     // Listed here for the help; the program hands it to the image tool before it comes to this.
     Image,
@@ -49,8 +58,17 @@ enum Command {
 /// Runs the command line and returns the exit status.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     init_logs();
-    let result = match Cli::parse_from(args).command {
-        Command::Run(args) => run::main(&args),
+    let argv: Vec<OsString> = args.collect();
+    let result = match Cli::parse_from(&argv).command {
+        Command::Run(args) => match &args.vm {
+            // The VM's own arguments come first, so that those given here win.
+            Some(vm) => vms::named(vm, argv.get(2..).unwrap_or_default()),
+            None => run::main(&args),
+        },
+        Command::Create(args) => vms::create(&args),
+        Command::Start(args) => vms::start(&args),
+        Command::Ls(args) => vms::list(&args),
+        Command::Rm(args) => vms::remove(&args),
         Command::Image => return image_is_elsewhere(),
         Command::Doctor(args) => doctor::main(&args),
     };
@@ -70,6 +88,7 @@ fn image_is_elsewhere() -> ExitCode {
 }
 
 /// A message for the user and the exit status that goes with it.
+#[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) status: u8,
     pub(crate) message: String,

@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_fetch_goes_on_where_it_broke_off_and_is_checked() {
-        let data: Vec<u8> = (0..300_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let data: Vec<u8> = (0..300_000u32).map(|i| ((i * 7) >> 3) as u8).collect();
         let hex: String = Sha256::digest(&data).iter().map(|b| format!("{b:02x}")).collect();
         let (url, log) = serve(data.clone(), format!("{hex}  other.img\n{hex} *disk.img\n"));
         let cache = tempfile::tempdir().unwrap();

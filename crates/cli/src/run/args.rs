@@ -21,6 +21,9 @@ use std::sync::Arc;
 /// Run a virtual machine in this terminal.
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// A virtual machine made with 'create', or a distribution to make one of first: debian[:12|:13]
+    #[arg(value_name = "VM")]
+    pub(crate) vm: Option<String>,
     /// Linux kernel: a bzImage, or an ELF vmlinux
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -240,6 +243,13 @@ impl Args {
             blueprint.devices.push(Bag::parse(text, "driver")?);
         }
         Ok(blueprint)
+    }
+
+    /// Refuses what [`Self::blueprint`] would refuse of the arguments' form.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        self.memory()?;
+        self.smp()?;
+        Ok(())
     }
 
     fn kernel(&self) -> Option<KernelSpec> {
