@@ -55,7 +55,11 @@ impl Aio {
         }
         // In the order in which they were asked for, so that scripts print the same every time.
         done.sort_by_key(|c| c.id);
-        Ok(done.into_iter().fold(true, |good, completion| self.tell(completion) && good))
+        let mut good = true;
+        for completion in done {
+            good &= self.tell(completion);
+        }
+        Ok(good)
     }
 
     fn tell(&mut self, completion: Completion) -> bool {
