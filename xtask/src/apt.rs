@@ -26,28 +26,6 @@ impl Package {
         Ok(parse(&String::from_utf8_lossy(&output.stdout)))
     }
 
-    /// The newest version that the lists know, whether or not it would be installed.
-    pub fn find_newest(name: &str) -> Result<Option<Package>> {
-        let output =
-            Command::new("apt-cache").args(["show", name]).output().context("apt-cache: cannot run")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let mut newest: Option<Package> = None;
-        for package in text.split("\n\n").filter_map(parse) {
-            let newer = match &newest {
-                None => true,
-                Some(old) => Command::new("dpkg")
-                    .args(["--compare-versions", &package.version, "gt", &old.version])
-                    .status()
-                    .context("dpkg: cannot run")?
-                    .success(),
-            };
-            if newer {
-                newest = Some(package);
-            }
-        }
-        Ok(newest)
-    }
-
     /// As [`find`](Self::find), with the remedy when there is none.
     pub fn require(name: &str) -> Result<Package> {
         match Self::find(name)? {

@@ -16,6 +16,8 @@ struct State {
     held: Vec<Held>,
     /// Exclusive requests that wait: newcomers that overlap them queue behind, so that no writer starves.
     waiting: Vec<(u64, u64, u64)>,
+    /// Threads that sleep, so that giving back a range costs no system call while there are none.
+    sleepers: usize,
     next: u64,
 }
 
@@ -61,7 +63,9 @@ impl RangeLock {
                 queued = true;
                 state.waiting.push((start, end, id));
             }
+            state.sleepers += 1;
             state = self.freed.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.sleepers -= 1;
         }
         if queued {
             state.waiting.retain(|w| w.2 != id);
@@ -77,8 +81,11 @@ impl Drop for RangeGuard<'_> {
         if let Some(at) = state.held.iter().position(|h| h.id == self.id) {
             state.held.swap_remove(at);
         }
+        let wake = state.sleepers > 0;
         drop(state);
-        self.lock.freed.notify_all();
+        if wake {
+            self.lock.freed.notify_all();
+        }
     }
 }
 

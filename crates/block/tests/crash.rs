@@ -6,7 +6,7 @@ mod common;
 
 use block::{
     CacheMode, Create, Image, OpenOptions, Options, Result, create_image,
-    formats::{Backing, Repair},
+    formats::{Backing, Repair, SnapshotInfo},
     storage::{Held, MemoryStorage, Storage, ZeroFlags, Zeroing},
 };
 use common::{Random, qemu};
@@ -195,6 +195,20 @@ fn record(format: &str, options: &str, dir: &Path, backed: bool, seed: u64) -> R
             }
         }
         let (offset, len) = ((first * SECTOR) as u64, count * SECTOR);
+        // A count of one bit cannot share clusters.
+        if let Some(snapshots) = image.format().snapshots().filter(|_| !options.contains("refcount_bits=1")) {
+            // Snapshots change metadata, and nothing of what the disk shows.
+            let first = snapshots.list().first().map(|s| s.name.clone());
+            match (step % 12, first) {
+                (1 | 5 | 8, _) => image
+                    .quiesced(|_| {
+                        snapshots.create(SnapshotInfo { name: format!("s{step}"), ..Default::default() })
+                    })
+                    .unwrap(),
+                (3 | 10, Some(name)) => image.quiesced(|_| snapshots.delete(&name)).unwrap(),
+                _ => {}
+            }
+        }
         if zero {
             image.write_zeroes(offset, len as u64, random.below(2) == 0).unwrap();
         } else {
@@ -207,9 +221,25 @@ fn record(format: &str, options: &str, dir: &Path, backed: bool, seed: u64) -> R
     Run { start, events, moments, name }
 }
 
+/// Whether all complaints are about counts that are too high for the flag "exactly one reference": taking a snapshot raises counts
+/// before anything refers to them, and a cut in between leaks what was counted. Nothing is written in place that is shared.
+fn only_counted_ahead(text: &str) -> bool {
+    text.lines()
+        .filter(|l| l.starts_with("ERROR"))
+        .all(|l| l.contains("OFLAG_COPIED") && !l.ends_with("refcount=1") && !l.ends_with("refcount=0"))
+}
+
+/// Whether an image may say of itself that its counts are wrong, to be repaired when it is opened the next time.
+fn is_lazy(state: &[u8]) -> bool {
+    state.starts_with(b"QFI\xfb\0\0\0\x03") && state.get(79).is_some_and(|b| b & 1 != 0)
+}
+
 /// Opens what a power cut left and compares.
 fn verify(format: &str, run: &Run, state: Vec<u8>, allowed: &Allowed, when: &str, with_qemu: bool) {
-    if with_qemu && let Some(mut command) = qemu("qemu-img") {
+    if with_qemu
+        && !is_lazy(&state)
+        && let Some(mut command) = qemu("qemu-img")
+    {
         std::fs::write(&run.name, &state).unwrap();
         let out = command.args(["check", "-q", "-f", format, &run.name]).output().unwrap();
         // 3: leaks. 63: QEMU cannot check this format. 1: it wants to replay the log first.
@@ -218,7 +248,10 @@ fn verify(format: &str, run: &Run, state: Vec<u8>, allowed: &Allowed, when: &str
         // A count that is ahead of the table is what protects other writers from reusing blocks.
         let counted = String::from_utf8_lossy(&out.stderr).contains("allocated blocks mismatch");
         assert!(
-            matches!(code, Some(0 | 3 | 63)) || replays || (format == "vdi" && counted),
+            matches!(code, Some(0 | 3 | 63))
+                || replays
+                || (format == "vdi" && counted)
+                || (code == Some(2) && only_counted_ahead(&String::from_utf8_lossy(&out.stderr))),
             "{format} {when}: qemu-img check says {code:?} {}",
             String::from_utf8_lossy(&out.stderr)
         );
@@ -244,7 +277,11 @@ fn compare(format: &str, run: &Run, state: Vec<u8>, allowed: &Allowed, when: &st
     let image =
         Image::open_storage(storage, &run.name, &options).unwrap_or_else(|e| panic!("{format} {when}: {e}"));
     match image.format().check(Repair::None) {
-        Ok(report) => assert_eq!(report.corruptions, 0, "{format} {when}: {:#?}", report.messages),
+        Ok(report) => assert!(
+            report.corruptions == 0 || only_counted_ahead(&report.messages.join("\n")),
+            "{format} {when}: {:#?}",
+            report.messages
+        ),
         Err(e) => assert!(e.to_string().contains("not support checks")),
     }
     let mut disk = vec![0; image.size() as usize];
@@ -330,4 +367,27 @@ fn parallels() {
 fn qcow() {
     cut("qcow", "", false, 10);
     cut("qcow", "", true, 11);
+}
+
+#[test]
+fn qcow2() {
+    for (i, options) in [
+        "",
+        "extended_l2=on,cluster_size=16k",
+        "compat=0.10,cluster_size=4k",
+        "refcount_bits=1,cluster_size=512",
+    ]
+    .iter()
+    .enumerate()
+    {
+        for backed in [false, true] {
+            cut("qcow2", options, backed, 20 + 2 * i as u64 + u64::from(backed));
+        }
+    }
+}
+
+#[test]
+fn qcow2_with_lazy_refcounts() {
+    cut("qcow2", "lazy_refcounts=on", false, 31);
+    cut("qcow2", "lazy_refcounts=on,cluster_size=4k", true, 32);
 }

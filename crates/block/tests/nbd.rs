@@ -182,3 +182,204 @@ fn qemu_is_our_server() {
     Image::open(&name, &OpenOptions::reader(Some("qcow2"))).unwrap().read_at(&mut bytes, 0).unwrap();
     assert!(bytes == model);
 }
+
+/// Damages bytes here and there.
+fn damage(bytes: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    for _ in 0..random.below(4) {
+        let at = random.below(out.len() as u64) as usize;
+        match random.below(3) {
+            0 => out[at] ^= 1 << random.below(8),
+            1 => out[at] = random.next() as u8,
+            _ => out.truncate(at.max(1)),
+        }
+    }
+    out
+}
+
+fn option(number: u32, data: &[u8]) -> Vec<u8> {
+    let mut out = b"IHAVEOPT".to_vec();
+    out.extend(number.to_be_bytes());
+    out.extend((data.len() as u32).to_be_bytes());
+    out.extend(data);
+    out
+}
+
+#[test]
+fn clients_that_send_anything_are_survived() {
+    use std::io::{Read, Write};
+    let storage = Arc::new(block::storage::MemoryStorage::new(vec![7; 1 << 20]));
+    let image = Arc::new(Image::open_storage(storage, "m", &OpenOptions::writer(Some("raw"))).unwrap());
+    let server = Server::new(vec![Export {
+        image,
+        name: "e".into(),
+        description: String::new(),
+        read_only: false,
+        multi_conn: true,
+        allocation_depth: true,
+        bitmaps: vec![("b".into(), 65536, vec![1; 2])],
+    }]);
+    let go = [&[0, 0, 0, 1, b'e'][..], &[0, 0]].concat();
+    let contexts = [&[0, 0, 0, 1, b'e'][..], &[0, 0, 0, 1, 0, 0, 0, 15], b"base:allocation"].concat();
+    for extended in [false, true] {
+        let mut good = 3u32.to_be_bytes().to_vec();
+        good.extend(option(if extended { 11 } else { 8 }, &[]));
+        good.extend(option(3, &[]));
+        good.extend(option(10, &contexts));
+        good.extend(option(6, &go));
+        good.extend(option(7, &go));
+        for (cookie, (command, len)) in
+            [(0u16, 4096u64), (1, 8), (3, 0), (4, 512), (6, 4096), (7, 65536)].iter().enumerate()
+        {
+            good.extend(if extended { 0x21e4_1c71u32 } else { 0x2560_9513 }.to_be_bytes());
+            good.extend((if extended && *command == 1 { 32u16 } else { 0 }).to_be_bytes());
+            good.extend(command.to_be_bytes());
+            good.extend((cookie as u64).to_be_bytes());
+            good.extend(512u64.to_be_bytes());
+            if extended {
+                good.extend(len.to_be_bytes());
+            } else {
+                good.extend((*len as u32).to_be_bytes());
+            }
+            if *command == 1 {
+                good.extend([9; 8]);
+            }
+        }
+        let mut random = Random(3);
+        for round in 0..200 {
+            let bytes = if round == 0 { good.clone() } else { damage(&good, &mut random) };
+            let (mut client, ours) = std::os::unix::net::UnixStream::pair().unwrap();
+            let feeder = std::thread::spawn(move || {
+                // The server may have left already.
+                let _ = client.write_all(&bytes);
+                let _ = client.shutdown(std::net::Shutdown::Write);
+                let mut said = Vec::new();
+                let _ = client.read_to_end(&mut said);
+                said
+            });
+            let result = server.serve(Socket::Unix(ours));
+            let said = feeder.join().unwrap();
+            if round == 0 {
+                result.unwrap();
+                assert!(said.len() > 4096, "{} bytes", said.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn servers_that_send_anything_are_survived() {
+    use block::{
+        nbd::{NbdAddress, NbdStorage},
+        storage::{Storage, StorageOptions},
+    };
+    use std::io::{Read, Write};
+    let reply = |option: u32, kind: u32, data: &[u8]| {
+        let mut out = 0x0003_e889_0455_65a9u64.to_be_bytes().to_vec();
+        out.extend(option.to_be_bytes());
+        out.extend(kind.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        out.extend(data);
+        out
+    };
+    // A server with structured replies: greeting, negotiation, then data for the first read.
+    let mut good = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
+    good.extend(reply(11, (1 << 31) + 1, b"no"));
+    good.extend(reply(8, 1, &[]));
+    good.extend(reply(10, 4, &[&1u32.to_be_bytes()[..], b"base:allocation"].concat()));
+    good.extend(reply(10, 1, &[]));
+    good.extend(reply(
+        7,
+        3,
+        &[&0u16.to_be_bytes()[..], &(1u64 << 20).to_be_bytes(), &0x5u16.to_be_bytes()].concat(),
+    ));
+    good.extend(reply(7, 1, &[]));
+    good.extend(0x668e_33efu32.to_be_bytes());
+    good.extend([0, 1, 0, 1]);
+    good.extend(0u64.to_be_bytes());
+    good.extend((8u32 + 512).to_be_bytes());
+    good.extend(0u64.to_be_bytes());
+    good.extend([0x5a; 512]);
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(9);
+    for round in 0..300 {
+        let bytes = if round == 0 { good.clone() } else { damage(&good, &mut random) };
+        let path = dir.path().join(format!("s{round}"));
+        let listener = UnixListener::bind(&path).unwrap();
+        let feeder = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(&bytes);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let address =
+            NbdAddress { socket: Some(path), reconnect_delay: Duration::ZERO, ..Default::default() };
+        let options = StorageOptions { read_only: true, ..Default::default() };
+        let mut buf = [0; 512];
+        let read = NbdStorage::open(&address, &options).and_then(|s| s.read_at(&mut buf, 0));
+        if round == 0 {
+            read.unwrap();
+            assert_eq!(buf, [0x5a; 512]);
+        }
+        feeder.join().unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_comes_back_is_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = image(dir.path(), "d");
+    let path = dir.path().join("s");
+    let open = || {
+        let options = OpenOptions { read_only: true, no_locks: true, ..OpenOptions::reader(Some("qcow2")) };
+        Arc::new(Image::open(&name, &options).unwrap())
+    };
+    let server = |image| {
+        Server::new(vec![Export {
+            image,
+            name: "disk".into(),
+            description: String::new(),
+            read_only: true,
+            multi_conn: true,
+            allocation_depth: false,
+            bitmaps: Vec::new(),
+        }])
+    };
+    // The first server ends its connection after a moment, and is gone for a while.
+    let listener = UnixListener::bind(&path).unwrap();
+    let first = std::thread::spawn({
+        let server = server(open());
+        move || {
+            let stream = listener.accept().unwrap().0;
+            let end = stream.try_clone().unwrap();
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(300));
+                end.shutdown(std::net::Shutdown::Both).unwrap();
+            });
+            // However it ends.
+            let _ = server.serve(Socket::Unix(stream));
+        }
+    });
+    let options = OpenOptions {
+        options: block::Options::parse(&format!(
+            "driver=nbd,path={},export=disk,reconnect-delay=20",
+            path.display()
+        ))
+        .unwrap(),
+        ..OpenOptions::reader(None)
+    };
+    let remote = Image::open("", &options).unwrap();
+    let mut buf = [1; 4096];
+    remote.read_at(&mut buf, 0).unwrap();
+    first.join().unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let (again, second) = (path.clone(), server(open()));
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        let listener = UnixListener::bind(again).unwrap();
+        drop(second.serve(Socket::Unix(listener.accept().unwrap().0)));
+    });
+    buf.fill(1);
+    remote.read_at(&mut buf, 8192).unwrap();
+    assert_eq!(buf, [0; 4096]);
+}

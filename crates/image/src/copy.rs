@@ -100,6 +100,8 @@ pub(crate) struct Plan {
     pub(crate) skip_depth: Option<u32>,
     /// Go on past read errors, with zeros.
     pub(crate) salvage: bool,
+    /// Let the host copy what is stored as it is.
+    pub(crate) offload: bool,
     /// Bytes per second.
     pub(crate) rate: Option<u64>,
 }
@@ -288,6 +290,7 @@ impl Copier<'_> {
             Kind::Skip => {}
             Kind::Zero if self.plan.target_zero => {}
             Kind::Zero => self.target.write_zeroes(job.offset, job.len, true)?,
+            Kind::Data if self.plan.offload && self.offload(job)? => self.limit(job.len),
             Kind::Data => {
                 buf.resize(job.len as usize, 0);
                 self.read(job, buf)?;
@@ -302,6 +305,41 @@ impl Copier<'_> {
         drop(turn);
         self.progress.add(job.len);
         Ok(())
+    }
+
+    /// Has the host copy a piece from file to file, where it is stored as it is in both; false where it is not, or where the host
+    /// cannot.
+    fn offload(&self, job: &Job) -> Result<bool> {
+        let Some((target, base, _)) = self.target.direct() else { return Ok(false) };
+        let Some((start, image)) = self.source.part(self.plan.skip + job.offset) else { return Ok(false) };
+        let at = self.plan.skip + job.offset - start;
+        if at + job.len > image.size() {
+            return Ok(false);
+        }
+        let (mut entries, mut done) = (Vec::new(), 0);
+        while done < job.len {
+            entries.clear();
+            image.map(at + done, job.len - done, &mut entries)?;
+            for e in &entries {
+                // Only the image's own files are looked at, not those of its backing images.
+                let storage = image.format().storages().get(usize::from(e.file));
+                let (Some(host), Some(storage), 0, true) = (e.offset, storage, e.depth, e.data) else {
+                    return Ok(false);
+                };
+                let Some(file) = storage.raw_fd() else { return Ok(false) };
+                let (mut from, mut to) = (host, base + job.offset + (e.start - at));
+                let mut left = e.length as usize;
+                while left > 0 {
+                    match rustix::fs::copy_file_range(file, Some(&mut from), target, Some(&mut to), left) {
+                        // Other file systems, files that lie about their size: copying by hand begins again.
+                        Ok(0) | Err(_) => return Ok(false),
+                        Ok(n) => left -= n.min(left),
+                    }
+                }
+                done = e.start + e.length - at;
+            }
+        }
+        Ok(true)
     }
 
     fn read(&self, job: &Job, buf: &mut [u8]) -> Result<()> {

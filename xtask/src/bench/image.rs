@@ -251,7 +251,8 @@ impl Bench<'_> {
         let _ = std::fs::remove_file(&socket);
         let child = self
             .command(which, "qemu-nbd")
-            .args(["-t", "-e", "4", "-f", "qcow2", "-k", "socket", "--discard=unmap", image])
+            .args(["-t", "-e", "4", "-f", "qcow2", "--discard=unmap", "-k"])
+            .args([socket.as_os_str(), image.as_ref()])
             .stdin(Stdio::null())
             .spawn()?;
         let started = Instant::now();
@@ -290,7 +291,8 @@ impl Bench<'_> {
                         if !flag.is_empty() {
                             load.arg(flag);
                         }
-                        let output = load.arg("nbd+unix:///?socket=socket").output();
+                        let output =
+                            load.arg(format!("nbd+unix:///?socket={}/socket", self.dir.display())).output();
                         server.kill()?;
                         server.wait()?;
                         let output = output?;

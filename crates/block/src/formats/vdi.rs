@@ -4,6 +4,7 @@
 //! last. Other programs allocate by that count alone, so it is made durable before any table entry that relies on it.
 
 use super::{
+    Mapping,
     CheckReport, Creation, Driver, Extent, Format, Info, Opening, Preallocation, ProbeInput, Repair,
     WriteExtent,
     support::{self, MetaCache, Places, Slot, Tail, flush_ordered, le32, le64, put},
@@ -294,9 +295,15 @@ impl Format for Vdi {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
+        let before = out.len();
         support::map_units((0, self.header.block), (offset, len), out, |first, slots| {
             self.lookup(first, slots)
-        })
+        })?;
+        // There is never a backing file that could show through.
+        for extent in out[before..].iter_mut().filter(|e| e.mapping == Mapping::Unallocated) {
+            extent.mapping = Mapping::Zero { host: None };
+        }
+        Ok(())
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {

@@ -19,6 +19,14 @@ const MAX_UNIT: u64 = 256 << 20;
 /// Most bytes of one piece of work, so that no buffer grows with the request.
 const MAX_PIECE: u64 = 4 << 20;
 
+/// What a file of the image holds in a range, remembered for the time of one look at the map.
+struct HostRun {
+    file: u16,
+    start: u64,
+    end: u64,
+    held: Held,
+}
+
 thread_local! {
     static EXTENTS: RefCell<Vec<Vec<Extent>>> = const { RefCell::new(Vec::new()) };
 }
@@ -557,8 +565,9 @@ impl Image {
                 let _guard = self.shared(offset, len);
                 self.format.map(offset, len, extents)?;
             }
+            let mut known = HostRun { file: 0, start: 0, end: 0, held: Held::Data };
             for e in extents.iter() {
-                self.map_extent(e, depth, out)?;
+                self.map_extent(e, depth, &mut known, out)?;
             }
             Ok(())
         })
@@ -574,11 +583,23 @@ impl Image {
     }
 
     /// Splits an entry where the file it lies in has holes.
-    fn split_holes(&self, entry: MapEntry, host: u64, out: &mut Vec<MapEntry>) -> Result<()> {
+    fn split_holes(
+        &self,
+        entry: MapEntry,
+        host: u64,
+        known: &mut HostRun,
+        out: &mut Vec<MapEntry>,
+    ) -> Result<()> {
         let storage = self.storage_of(entry.file)?;
         let mut done = 0;
         while done < entry.length {
-            let (held, n) = storage.held(host + done, entry.length - done)?;
+            let at = host + done;
+            if known.file != entry.file || at < known.start || at >= known.end {
+                // As far as it goes: the next extents often lie in the same hole.
+                let (held, n) = storage.held(at, u64::MAX - at)?;
+                *known = HostRun { file: entry.file, start: at, end: at.saturating_add(n.max(1)), held };
+            }
+            let (held, n) = (known.held, known.end - at);
             let n = n.clamp(1, entry.length - done);
             out.push(MapEntry {
                 start: entry.start + done,
@@ -592,7 +613,7 @@ impl Image {
         Ok(())
     }
 
-    fn map_extent(&self, e: &Extent, depth: u32, out: &mut Vec<MapEntry>) -> Result<()> {
+    fn map_extent(&self, e: &Extent, depth: u32, known: &mut HostRun, out: &mut Vec<MapEntry>) -> Result<()> {
         let mut entry = MapEntry {
             start: e.offset,
             length: e.len,
@@ -611,8 +632,9 @@ impl Image {
                 if self.format.cipher().is_none() {
                     entry.offset = Some(host);
                     // Space may be allocated that the host's file system does not hold: then it reads as zeros.
-                    if self.format.flat().is_none() && self.storage_is_sparse(file) {
-                        return self.split_holes(entry, host, out);
+                    let inside = known.file == file && (known.start..known.end).contains(&host);
+                    if self.format.flat().is_none() && (inside || self.storage_is_sparse(file)) {
+                        return self.split_holes(entry, host, known, out);
                     }
                 }
             }

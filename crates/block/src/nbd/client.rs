@@ -42,6 +42,9 @@ struct Board {
     dead: Option<String>,
 }
 
+/// How long a server may take for an answer while an export is agreed on.
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(30);
+
 /// A live connection.
 #[derive(Debug)]
 struct Connection {
@@ -113,6 +116,7 @@ impl Connection {
         let failed = |e: std::io::Error| Error::io(format!("Failed to connect to '{address}'"), e);
         let mut socket = address.connect().map_err(failed)?;
         socket.set_nodelay();
+        socket.set_read_timeout(Some(HANDSHAKE));
         greet(&mut socket, address)?;
         if let Some(tls) = &address.tls {
             start_tls(&mut socket, address)?;
@@ -132,6 +136,7 @@ impl Connection {
             max: MAX_PAYLOAD,
         };
         connection.negotiate(&mut reader, address)?;
+        reader.get_ref().set_read_timeout(None);
         connection.reader = Mutex::new(reader);
         Ok(connection)
     }
@@ -456,8 +461,8 @@ impl NbdStorage {
                 Err(e) if e.errno() == libc::ECONNRESET => e,
                 other => return other,
             };
-            if Instant::now() >= *give_up.get_or_insert_with(|| Instant::now() + self.address.reconnect_delay)
-            {
+            let end = *give_up.get_or_insert_with(|| Instant::now() + self.address.reconnect_delay);
+            if Instant::now() >= end {
                 return Err(error);
             }
             let mut slot = self.connection.write().unwrap_or_else(|e| e.into_inner());

@@ -2,7 +2,7 @@
 
 use super::{
     address::NbdAddress,
-    client::{greet, option_reply, start_tls},
+    client::{HANDSHAKE, greet, option_reply, start_tls},
     proto::*,
     socket::Socket,
 };
@@ -93,6 +93,7 @@ fn describe(socket: &mut Socket, name: &str, listed: &mut Listed) -> Result<()> 
 pub fn list(address: &NbdAddress) -> Result<Vec<Listed>> {
     let failed = |e: std::io::Error| Error::io(format!("Failed to connect to '{address}'"), e);
     let mut socket = address.connect().map_err(failed)?;
+    socket.set_read_timeout(Some(HANDSHAKE));
     greet(&mut socket, address)?;
     if let Some(tls) = &address.tls {
         start_tls(&mut socket, address)?;

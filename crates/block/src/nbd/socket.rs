@@ -33,6 +33,15 @@ impl Socket {
         };
     }
 
+    /// Gives up reading after a while, for all handles.
+    pub fn set_read_timeout(&self, timeout: Option<std::time::Duration>) {
+        // It can only fail for a duration of zero.
+        let _ = match self {
+            Socket::Unix(s) => s.set_read_timeout(timeout),
+            Socket::Tcp(s) => s.set_read_timeout(timeout),
+        };
+    }
+
     /// Sends small messages at once.
     pub fn set_nodelay(&self) {
         if let Socket::Tcp(s) = self {

@@ -237,6 +237,7 @@ fn wrap(mut session: Connection, mut socket: Socket) -> Result<Socket> {
     while session.is_handshaking() || session.wants_write() {
         session.complete_io(&mut socket).map_err(failed)?;
     }
+    socket.set_read_timeout(None);
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     let session = Arc::new(Mutex::new(session));
     let sending = Arc::new(Mutex::new(socket.try_clone().map_err(failed)?));

@@ -160,7 +160,7 @@ mod tests {
         }
         assert!(held.iter().enumerate().all(|(i, b)| b.iter().all(|&x| x == i as u8 + 1)));
         let heap = Buffer::new(Some(&region), 100);
-        assert!(heap.slot().is_none() && heap.as_ptr() as usize % ALIGN == 0 && heap.len() == 100);
+        assert!(heap.slot().is_none() && (heap.as_ptr() as usize).is_multiple_of(ALIGN) && heap.len() == 100);
         held.pop();
         assert!(Buffer::new(Some(&region), 4096).slot().is_some());
         assert!(Buffer::new(Some(&region), 9000).slot().is_none());

@@ -9,7 +9,6 @@ mod location;
 mod lock;
 mod memory;
 mod null;
-mod record;
 mod window;
 
 use crate::{Error, Result};
@@ -22,7 +21,6 @@ pub use location::{Location, absolute_name, join_name, parse_json_name};
 pub use lock::Permissions;
 pub use memory::MemoryStorage;
 pub use null::NullStorage;
-pub use record::{Change, RecordingStorage};
 pub use window::Window;
 
 /// What the host holds at a range.

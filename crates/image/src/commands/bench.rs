@@ -2,14 +2,11 @@
 
 use super::{Context, Outcome};
 use crate::args::{self, Source};
-use block::{Error, OpenOptions};
-use std::{
-    sync::{
-        Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
+use block::{
+    Error, Image, OpenOptions, Result,
+    queue::{Buffer, Engine, Operation, Queue, Request},
 };
+use std::{sync::Arc, time::Instant};
 
 #[derive(clap::Args)]
 #[command(disable_help_flag = false)]
@@ -52,7 +49,7 @@ pub(crate) struct Args {
     /// Flush without waiting for requests in flight.
     #[arg(long)]
     no_drain: bool,
-    /// Engine; every name means positioned system calls on a pool of threads.
+    /// Engine: threads, native or io_uring (these two are the same); io_uring where possible by default.
     #[arg(short = 'i', long, value_name = "AIO")]
     aio: Option<String>,
     /// Native AIO, as -i native.
@@ -60,6 +57,51 @@ pub(crate) struct Args {
     native: bool,
     /// Image.
     filename: String,
+}
+
+/// Keeps `depth` requests in flight until `count` are done.
+fn run_requests(a: &Args, image: &Arc<Image>, engine: Engine, size: u64, step: u64, start: u64) -> Result<()> {
+    let depth = a.depth.min(1024);
+    let mut queue = Queue::new(Arc::clone(image), depth as u32, engine)?;
+    // Requests wrap around so that each lies within the disk.
+    let span = image.size() - size + 1;
+    let mut buffers: Vec<Buffer> = (0..depth)
+        .map(|_| {
+            let mut buffer = queue.buffer(size as usize);
+            buffer.fill(a.pattern);
+            buffer
+        })
+        .collect();
+    let interval = a.flush_interval.filter(|&n| n > 0);
+    let (mut issued, mut flush_due, mut flushing, mut done) = (0u64, false, false, Vec::new());
+    while issued < a.count || queue.in_flight() > 0 {
+        if flush_due && !flushing && (a.no_drain || queue.in_flight() == 0) {
+            let (operation, buffer) = (Operation::Flush, Buffer::empty());
+            queue.push(Request { id: u64::MAX, operation, offset: 0, len: 0, buffer })?;
+            (flush_due, flushing) = (false, true);
+        }
+        // A drained flush has the image for itself.
+        let open = a.no_drain || !(flush_due || flushing);
+        while open && issued < a.count && !flush_due {
+            let Some(buffer) = buffers.pop() else { break };
+            let offset = start.wrapping_add(issued.wrapping_mul(step)) % span;
+            let operation = if a.write { Operation::Write { durable: false } } else { Operation::Read };
+            queue.push(Request { id: issued, operation, offset, len: size, buffer })?;
+            issued += 1;
+            flush_due = interval.is_some_and(|n| issued.is_multiple_of(n));
+        }
+        queue.wait()?;
+        queue.reap(&mut done)?;
+        for completion in done.drain(..) {
+            completion.result?;
+            if completion.id == u64::MAX {
+                flushing = false;
+            } else {
+                buffers.push(completion.buffer);
+            }
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
@@ -96,41 +138,13 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
             a.depth
         );
         if let Some(n) = a.flush_interval {
-            println!("Sending flush every {}{n} requests", if a.no_drain { "" } else { "drained " });
+            println!("Sending flush every {n} requests");
         }
     }
-    let (next, error) = (AtomicU64::new(0), Mutex::new(None));
-    // Requests wrap around so that each lies within the disk.
-    let span = image.size() - size + 1;
-    let work = || {
-        let mut buf = vec![a.pattern; size as usize];
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= a.count
-                || error.lock().map_or(true, |e: std::sync::MutexGuard<'_, Option<Error>>| e.is_some())
-            {
-                return;
-            }
-            let at = start.wrapping_add(i.wrapping_mul(step)) % span;
-            let mut done = if a.write { image.write_at(&buf, at) } else { image.read_at(&mut buf, at) };
-            if a.flush_interval.is_some_and(|f| f != 0 && (i + 1) % f == 0) {
-                done = done.and_then(|()| image.flush());
-            }
-            if let Err(e) = done {
-                error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
-                return;
-            }
-        }
-    };
+    let engine = aio.map_or(Ok(Engine::Auto), Engine::parse)?;
+    let image = Arc::new(image);
     let started = Instant::now();
-    std::thread::scope(|scope| {
-        let pool = a.depth.min(std::thread::available_parallelism().map_or(2, |n| n.get() as u64));
-        for _ in 1..pool {
-            scope.spawn(work);
-        }
-        work();
-    });
-    if let Some(e) = error.into_inner().unwrap_or_else(|e| e.into_inner()) {
+    if let Err(e) = run_requests(&a, &image, engine, size, step, start) {
         return Err(e.context("Failed request").into());
     }
     if !a.quiet {

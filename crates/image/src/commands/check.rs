@@ -133,6 +133,9 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
         report = image.quiesced(|f| f.check(Repair::None))?;
         (report.leaks_fixed, report.corruptions_fixed) = fixed;
     }
+    // QEMU tells it for these two alone.
+    report.image_end_offset =
+        report.image_end_offset.filter(|_| matches!(image.driver().name, "qcow2" | "parallels"));
     image.close()?;
     if !a.quiet {
         match a.output {

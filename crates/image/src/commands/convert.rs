@@ -78,7 +78,7 @@ pub(crate) struct Args {
     /// Leave out bitmaps that are inconsistent.
     #[arg(long)]
     skip_broken_bitmaps: bool,
-    /// Let the host copy ranges itself where it can (the copy is the same either way).
+    /// Let the host copy ranges itself where it can (zeros stored in the source stay stored).
     #[arg(short = 'C', long)]
     copy_range_offloading: bool,
     /// Source images, and the target last.
@@ -162,7 +162,8 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
             .into());
         }
         Some(n) => n,
-        None => std::thread::available_parallelism().map_or(2, |n| n.get()).min(8),
+        // Twice as many as processors: while some wait for their turn or for the disk, others work.
+        None => std::thread::available_parallelism().map_or(4, |n| n.get() * 2).clamp(4, 8),
     };
     let sparse = match &a.sparse_size {
         Some(s) => args::parse_size(s, "buffer size for sparse output")?,
@@ -172,6 +173,8 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
         return Err(Error::usage("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 2147483136. Select 0 to disable sparse detection (fully allocates output).").into());
     }
     let rate = a.rate_limit.as_deref().map(|r| args::parse_size(r, "rate limit")).transpose()?;
+    // None at all, as with QEMU.
+    let rate = rate.filter(|&r| r > 0);
     let source_cache = args::cache(a.source_cache.as_deref(), "writeback")?;
     let mut sources = Vec::new();
     for name in &a.files {
@@ -200,6 +203,15 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
     let size = options.take_size("size")?.unwrap_or(source.size());
     if a.compress && options.get("data_file").is_some() {
         return Err(Error::usage("Compression and data file are not supported together").into());
+    }
+    if a.compress && (options.get("encryption").is_some_and(|v| v != "off") || options.get("encrypt.format").is_some()) {
+        return Err(Error::usage("Compression and encryption not supported at the same time").into());
+    }
+    if a.copy_range_offloading && a.sparse_size.is_some() {
+        return Err(Error::usage("Cannot enable copy offloading when -S is used").into());
+    }
+    if a.copy_range_offloading && a.compress {
+        return Err(Error::usage("Cannot enable copy offloading when -c is used").into());
     }
     let preallocated = options.get("preallocation").is_some_and(|p| p != "off");
     if a.compress && preallocated {
@@ -248,6 +260,7 @@ pub(crate) fn run(mut a: Args, context: &Context) -> Outcome {
         target_zero: backing_name.is_none() && (fresh || a.target_is_zero),
         skip_depth: backing_name.is_some().then_some(1),
         salvage: a.salvage,
+        offload: a.copy_range_offloading,
         rate,
     };
     copy::copy(&source, &target, &plan, &progress)?;

@@ -108,6 +108,7 @@ fn describe(driver: &Driver, size: u64, backing: Option<&Backing>, options: &Opt
     };
     let mut names: Vec<&str> = Vec::new();
     if driver.name == "qcow2" {
+        names.extend(["encrypt.format", "encrypt.key-secret", "encrypt.iter-time"]);
         names.extend(QCOW2_ORDER);
     } else {
         names.extend(["size", "backing_file", "backing_fmt"]);

@@ -72,6 +72,7 @@ pub(crate) fn run(a: Args, context: &Context) -> Outcome {
         target_zero: target.format().created_zeroed(),
         skip_depth: None,
         salvage: false,
+        offload: false,
         rate: None,
     };
     copy::copy(&Concatenation::new([&image]), &target, &plan, &progress)?;

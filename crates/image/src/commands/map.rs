@@ -77,7 +77,7 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
     let start = a.start_offset.map(|s| args::parse_size(&s, "start offset")).transpose()?.unwrap_or(0);
     let len = a.max_length.map(|s| args::parse_size(&s, "max length")).transpose()?;
     let end = len.map_or(image.size(), |l| start.saturating_add(l).min(image.size()));
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
     let failed = |e: std::io::Error| Error::io("Could not write the map", e);
     if a.output == Output::Human {
         writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to").map_err(failed)?;
@@ -101,22 +101,48 @@ pub(crate) fn run(a: Args, _context: &Context) -> Outcome {
         return Ok(out.flush().map_err(failed)?);
     }
     let mut first = true;
+    let mut line = Vec::with_capacity(256);
     for_each(&image, start, end, |e| {
-        let lead = if std::mem::take(&mut first) { "[" } else { ",\n" };
-        write!(
-            out,
-            "{lead}{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \
-             \"compressed\": {}",
-            e.start, e.length, e.depth, e.present, e.zero, e.data, e.compressed
-        )
-        .map_err(failed)?;
-        if let Some(offset) = e.offset {
-            write!(out, ", \"offset\": {offset}").map_err(failed)?;
+        line.clear();
+        line.extend(if std::mem::take(&mut first) { &b"[{ \"start\": "[..] } else { b",\n{ \"start\": " });
+        // Images have millions of these: numbers are written without the machinery of formatting.
+        push_number(&mut line, e.start);
+        line.extend(b", \"length\": ");
+        push_number(&mut line, e.length);
+        line.extend(b", \"depth\": ");
+        push_number(&mut line, u64::from(e.depth));
+        for (name, value) in [
+            (", \"present\": ", e.present),
+            (", \"zero\": ", e.zero),
+            (", \"data\": ", e.data),
+            (", \"compressed\": ", e.compressed),
+        ] {
+            line.extend(name.as_bytes());
+            line.extend(if value { &b"true"[..] } else { b"false" });
         }
-        write!(out, "}}").map_err(failed)
+        if let Some(offset) = e.offset {
+            line.extend(b", \"offset\": ");
+            push_number(&mut line, offset);
+        }
+        line.push(b'}');
+        out.write_all(&line).map_err(failed)
     })?;
     writeln!(out, "{}", if first { "[]" } else { "]" }).map_err(failed)?;
     Ok(out.flush().map_err(failed)?)
+}
+
+/// Appends a number in decimal.
+fn push_number(out: &mut Vec<u8>, mut number: u64) {
+    let (mut digits, mut at) = ([0; 20], 20);
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    out.extend(&digits[at..]);
 }
 
 /// C's `%#x`, which writes zero without the prefix.

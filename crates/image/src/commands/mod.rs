@@ -28,12 +28,29 @@ impl From<Error> for Failure {
 pub(crate) type Outcome = Result<(), Failure>;
 
 macro_rules! commands {
-    ($($(#[$doc:meta])* $name:ident => $module:ident),* $(,)?) => {
+    ($($(#[doc = $doc:literal])* $name:ident => $module:ident),* $(,)?) => {
         $(pub(crate) mod $module;)*
 
         #[derive(Subcommand)]
         enum Command {
-            $($(#[$doc])* $name($module::Args),)*
+            $($(#[doc = $doc])* $name($module::Args),)*
+        }
+
+        /// Parses a command line whose first word is a command, without building the others: most of the time of a short
+        /// command would go into that. `None` if it is none.
+        fn parse_one(name: &str, program: &'static str, args: &[OsString]) -> Option<Result<Command, clap::Error>> {
+            $(if name == stringify!($module) {
+                let command =
+                    clap::Command::new(stringify!($module)).bin_name(format!("{program} {name}"));
+                let command = <$module::Args as clap::Args>::augment_args(command);
+                let about = concat!($($doc),*).trim();
+                let parsed = command
+                    .about(about)
+                    .try_get_matches_from(args)
+                    .and_then(|m| <$module::Args as FromArgMatches>::from_arg_matches(&m));
+                return Some(parsed.map(Command::$name));
+            })*
+            None
         }
 
         impl Command {
@@ -97,8 +114,19 @@ struct Tool {
 /// Runs `qemu-img ...` or `kvasir image ...`.
 pub(crate) fn run(args: impl Iterator<Item = OsString>, personality: Personality) -> ExitCode {
     let program = personality.program();
-    let tool = Tool::command().name(program).bin_name(program);
-    let parsed = tool.try_get_matches_from(args).and_then(|m| Tool::from_arg_matches(&m));
+    let args: Vec<OsString> = args.collect();
+    let first = args.get(1).and_then(|a| a.to_str()).unwrap_or_default();
+    if matches!(first, "-V" | "--version") && args.len() == 2 {
+        println!("{program} version {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let parsed = match parse_one(first, program, args.get(1..).unwrap_or_default()) {
+        Some(parsed) => parsed.map(|command| Tool { version: false, command: Some(command) }),
+        None => {
+            let tool = Tool::command().name(program).bin_name(program);
+            tool.try_get_matches_from(args).and_then(|m| Tool::from_arg_matches(&m))
+        }
+    };
     let tool = match parsed {
         Ok(tool) => tool,
         Err(e) if e.use_stderr() => {

@@ -19,7 +19,56 @@ pub(super) fn compress(zstd: bool, input: &[u8], limit: usize) -> Result<Option<
     if zstd { compress_zstd(input, limit) } else { compress_deflate(input, limit) }
 }
 
+/// Whether all byte values are about equally frequent, as in random, encrypted or compressed data.
+fn looks_random(bytes: &[u8]) -> bool {
+    // Four tables, so that a value that comes twice in a row does not wait for itself.
+    let mut counts = [[0u32; 256]; 4];
+    let quads = bytes.chunks_exact(4);
+    for &b in quads.remainder() {
+        counts[0][usize::from(b)] += 1;
+    }
+    for quad in quads {
+        for (table, &b) in counts.iter_mut().zip(quad) {
+            table[usize::from(b)] += 1;
+        }
+    }
+    let n = bytes.len() as f64;
+    let sum: f64 = (0..256)
+        .map(|i| counts.iter().map(|t| t[i]).sum::<u32>())
+        .filter(|&c| c > 0)
+        .map(|c| f64::from(c) * f64::from(c).log2())
+        .sum();
+    let entropy = n.log2() - sum / n;
+    // Random bytes fall short of 8 bits by 255 / (2 n ln 2) on average (Miller and Madow), and hardly ever by half as much again.
+    entropy > 8.0 - 1.5 * 255.0 / (2.0 * n * std::f64::consts::LN_2)
+}
+
+/// How many positions repeat four bytes that came at most a window before, roughly: what deflate's matches live on.
+fn repetitions(bytes: &[u8]) -> usize {
+    const SLOTS: u32 = 12;
+    let mut last = [0u32; 1 << SLOTS];
+    let mut found = 0;
+    for (at, four) in bytes.windows(4).enumerate() {
+        let word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        let slot = &mut last[(word.wrapping_mul(0x9e37_79b1) >> (32 - SLOTS)) as usize];
+        let before = std::mem::replace(slot, at as u32 + 1) as usize;
+        if before > 0 && at + 1 - before <= 1 << WINDOW_BITS && bytes[before - 1..before + 3] == *four {
+            found += 1;
+        }
+    }
+    found
+}
+
+/// Whether it is not worth trying to deflate a cluster, which takes as long for random bytes as for others: no value is rarer than
+/// others, and nothing repeats.
+fn is_incompressible(input: &[u8]) -> bool {
+    input.len() >= 16384 && looks_random(input) && repetitions(input) < input.len() / 128
+}
+
 fn compress_deflate(input: &[u8], limit: usize) -> Result<Option<Vec<u8>>> {
+    if is_incompressible(input) {
+        return Ok(None);
+    }
     DEFLATE.with_borrow_mut(|state| {
         let deflate = state.get_or_insert_with(|| {
             Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS)
@@ -132,6 +181,33 @@ mod tests {
         for zstd in [false, true] {
             assert_eq!(compress(zstd, &noise, 4096).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn only_what_cannot_be_compressed_is_left_alone() {
+        let mut x = 0x1234_5678_9abc_def1u64;
+        let mut noise = |len: usize| -> Vec<u8> {
+            std::iter::repeat_with(|| {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                (x >> 24) as u8
+            })
+            .take(len)
+            .collect()
+        };
+        for len in [32768, 65536, 1 << 20] {
+            assert!(is_incompressible(&noise(len)), "{len}");
+        }
+        // A little text in noise, repeated noise, and base64 are worth it.
+        let mut mixed = noise(65536);
+        mixed[20_000..26_000].fill(b'x');
+        assert!(!is_incompressible(&mixed));
+        let repeated: Vec<u8> = noise(2000).iter().copied().cycle().take(65536).collect();
+        assert!(!is_incompressible(&repeated));
+        assert!(compress(false, &repeated, 65536).unwrap().is_some_and(|c| c.len() < 8000));
+        let narrow: Vec<u8> = noise(65536).iter().map(|b| b & 0x3f).collect();
+        assert!(!is_incompressible(&narrow));
     }
 
     proptest! {

@@ -325,9 +325,15 @@ impl Format for Dynamic {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
+        let before = out.len();
         support::map_units((0, self.header.block), (offset, len), out, |first, slots| {
             self.lookup(first, slots)
-        })
+        })?;
+        // There is never a backing file that could show through.
+        for extent in out[before..].iter_mut().filter(|e| e.mapping == Mapping::Unallocated) {
+            extent.mapping = Mapping::Zero { host: None };
+        }
+        Ok(())
     }
 
     fn prepare_write(&self, offset: u64, len: u64, out: &mut Vec<WriteExtent>) -> Result<()> {
