@@ -3,6 +3,7 @@
 mod chardev;
 mod curses;
 mod doctor;
+mod net;
 mod run;
 mod terminal;
 mod vms;
@@ -53,6 +54,8 @@ enum Command {
     Image,
     /// Say what this host has and lacks for virtualization
     Doctor(doctor::Args),
+    /// List networks, and help guests into bridges
+    Net(net::Args),
 }
 
 /// Runs the command line and returns the exit status.
@@ -71,6 +74,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Rm(args) => vms::remove(&args),
         Command::Image => return image_is_elsewhere(),
         Command::Doctor(args) => doctor::main(&args),
+        Command::Net(args) => net::main(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

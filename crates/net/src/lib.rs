@@ -13,12 +13,14 @@ pub mod buffer;
 pub mod header;
 mod netdev;
 mod port;
+pub mod socket;
 mod sys;
 pub mod tap;
 #[cfg(test)]
 mod testing;
 pub mod user;
 pub mod wire;
+pub mod wrap;
 
 pub use buffer::{Frame, Room};
 pub use header::{Offloads, VnetHeader};

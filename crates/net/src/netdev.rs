@@ -1,6 +1,6 @@
 //! Netdevs from their property bags.
 
-use crate::{Error, Netdev, Result, bridge, tap, user};
+use crate::{Error, Netdev, Result, bridge, socket, tap, user, wrap};
 use base::nearest;
 use base::props::{Bag, Properties};
 
@@ -47,7 +47,22 @@ pub const KINDS: &[NetdevSpec] = &[
         properties: Properties::of::<bridge::Spec>,
         open: |bag, id| Ok(Opened { netdev: bridge::open(id, &bag.spec()?)?, user: None }),
     },
+    NetdevSpec {
+        name: "socket",
+        about: "cable to another virtual machine: stream, UDP or multicast, as QEMU frames it",
+        properties: Properties::of::<socket::Spec>,
+        open: |bag, id| Ok(Opened { netdev: socket::open(id, &bag.spec()?)?, user: None }),
+    },
 ];
+
+impl NetdevSpec {
+    /// All properties, those of every netdev among them.
+    pub fn all_properties(&self) -> Properties {
+        let mut all = (self.properties)();
+        all.0.extend(Properties::of::<wrap::Spec>().0);
+        all
+    }
+}
 
 /// Properties that may be given several times.
 pub const REPEATABLE: &[&str] = &["hostfwd", "guestfwd", "dnssearch"];
@@ -73,5 +88,18 @@ pub fn find_kind(name: &str) -> Result<&'static NetdevSpec> {
 pub fn open(bag: &Bag) -> Result<Opened> {
     let kind = find_kind(&bag.driver)?;
     let id = bag.id.as_deref().ok_or_else(|| Error::Config(format!("netdev {}: missing id", bag.driver)))?;
-    (kind.open)(bag, id)
+    let (around, own) = split(bag);
+    let mut opened = (kind.open)(&own, id)?;
+    opened.netdev = wrap::wrap(opened.netdev, &around.spec()?)?;
+    Ok(opened)
+}
+
+/// Separates the properties of every netdev from those of its kind.
+fn split(bag: &Bag) -> (Bag, Bag) {
+    let common = Properties::of::<wrap::Spec>();
+    let (mut around, mut own) = (bag.clone(), bag.clone());
+    let is_common = |key: &str| common.names().any(|n| n == key);
+    around.props.retain(|key, _| is_common(key));
+    own.props.retain(|key, _| !is_common(key));
+    (around, own)
 }

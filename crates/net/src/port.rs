@@ -56,6 +56,27 @@ pub trait Port: Send {
     fn receive(&mut self, to: &mut dyn Receiver) -> io::Result<bool>;
 }
 
+impl<P: Port + ?Sized> Port for Box<P> {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).fd()
+    }
+    fn deadline(&self) -> Option<Instant> {
+        (**self).deadline()
+    }
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
+        (**self).set_offloads(offloads)
+    }
+    fn set_enabled(&mut self, enabled: bool) {
+        (**self).set_enabled(enabled);
+    }
+    fn send(&mut self, frame: &Frame<'_>) -> Sent {
+        (**self).send(frame)
+    }
+    fn receive(&mut self, to: &mut dyn Receiver) -> io::Result<bool> {
+        (**self).receive(to)
+    }
+}
+
 /// A network backend.
 pub struct Netdev {
     /// Name by which devices refer to it.

@@ -1,9 +1,9 @@
 //! `--net` and `--netdev`.
 
 use crate::Failure;
+use ::net::{KINDS, REPEATABLE, find_kind};
 use base::props::{Bag, check_id, parse_keyval_repeating};
 use machine::Blueprint;
-use net::{KINDS, REPEATABLE, find_kind};
 use serde_json::Value;
 use std::fmt::Write as _;
 
@@ -37,7 +37,7 @@ pub(super) fn help<'a>(texts: impl Iterator<Item = &'a String>) -> Result<Option
         let bag = parse(text)?;
         if bag.wants_help() {
             let kind = find_kind(&bag.driver).map_err(Failure::usage)?;
-            return Ok(Some((kind.properties)().help(kind.name)));
+            return Ok(Some(kind.all_properties().help(kind.name)));
         }
     }
     Ok(None)

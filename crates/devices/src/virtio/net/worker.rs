@@ -300,7 +300,9 @@ impl Lane<'_, '_> {
         // While the guest has no room for more, nothing from outside matters.
         let fd = self.port.fd().filter(|_| !self.rx.full && !self.broken);
         if let Some(fd) = &fd {
-            let wanted = if self.busy { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+            // A port that waits for time, not for the descriptor, says until when.
+            let for_room = self.busy && self.port.deadline().is_none();
+            let wanted = if for_room { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             fds.push(PollFd::from_borrowed_fd(fd.as_fd(), wanted));
         }
         let deadline = self.port.deadline().filter(|_| !self.broken);
