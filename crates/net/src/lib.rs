@@ -24,7 +24,7 @@ pub mod wrap;
 
 pub use buffer::{Frame, Room};
 pub use header::{Offloads, VnetHeader};
-pub use netdev::{KINDS, NetdevSpec, Opened, REPEATABLE, find_kind, open};
+pub use netdev::{KINDS, NetdevSpec, Opened, REPEATABLE, find_kind, open, parse};
 pub use port::{Counters, Link, MacAddr, Netdev, Port, Receiver, Sent};
 
 /// A backend that cannot be made or cannot go on: what, why, what to do instead.

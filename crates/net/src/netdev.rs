@@ -2,7 +2,8 @@
 
 use crate::{Error, Netdev, Result, bridge, socket, tap, user, wrap};
 use base::nearest;
-use base::props::{Bag, Properties};
+use base::props::{Bag, Properties, check_id, parse_keyval_repeating};
+use serde_json::Value;
 
 /// A kind of netdev: what users can name.
 pub struct NetdevSpec {
@@ -62,6 +63,37 @@ impl NetdevSpec {
         all.0.extend(Properties::of::<wrap::Spec>().0);
         all
     }
+}
+
+/// A netdev's bag from `KIND[,id=ID][,property=value...]` or its JSON form; some properties may be repeated.
+///
+/// # Errors
+/// Malformed text, or no kind.
+pub fn parse(text: &str) -> Result<Bag> {
+    if text.trim_start().starts_with('{') {
+        let mut bag = Bag::parse(text, "type")?;
+        // QMP wraps the strings of lists: {"str": "tcp::1-:2"}.
+        for (_, value) in bag.props.iter_mut().filter(|(key, _)| REPEATABLE.contains(&key.as_str())) {
+            for item in value.as_array_mut().into_iter().flatten() {
+                if let Some(text) = item.get_mut("str") {
+                    *item = text.take();
+                }
+            }
+        }
+        return Ok(bag);
+    }
+    let mut props = parse_keyval_repeating(text, "type", REPEATABLE)?;
+    let mut take = |key: &str| match props.remove(key) {
+        Some(Value::String(text)) if !text.is_empty() => Some(text),
+        _ => None,
+    };
+    let driver = take("type")
+        .ok_or_else(|| Error::Config(format!("'{text}': missing the kind of network; 'help' lists them")))?;
+    let id = take("id");
+    if let Some(id) = &id {
+        check_id(id)?;
+    }
+    Ok(Bag { driver, id, props })
 }
 
 /// Properties that may be given several times.

@@ -1,27 +1,15 @@
 //! `--net` and `--netdev`.
 
 use crate::Failure;
-use ::net::{KINDS, REPEATABLE, find_kind};
-use base::props::{Bag, check_id, parse_keyval_repeating};
+use ::net::{KINDS, find_kind};
+use base::props::Bag;
 use machine::Blueprint;
 use serde_json::Value;
 use std::fmt::Write as _;
 
 /// A netdev's bag from text.
 fn parse(text: &str) -> Result<Bag, Failure> {
-    let mut props = parse_keyval_repeating(text, "type", REPEATABLE)?;
-    let driver = match props.remove("type") {
-        Some(Value::String(driver)) if !driver.is_empty() => driver,
-        _ => return Err(Failure::usage(format!("'{text}': missing the kind of network; 'help' lists them"))),
-    };
-    let id = match props.remove("id") {
-        Some(Value::String(id)) => {
-            check_id(&id)?;
-            Some(id)
-        }
-        _ => None,
-    };
-    Ok(Bag { driver, id, props })
+    ::net::parse(text).map_err(Failure::usage)
 }
 
 /// Help that was asked for.
