@@ -5,7 +5,8 @@ BUILD_PACKAGES = gcc libc6-dev
 # Firmware for guests that boot from a disk; what makes such disks from packages.
 RUN_PACKAGES = seabios ovmf mmdebstrap openssh-client
 # The lab host's emulator, the other implementation the disk formats are compared with, a reader for our archives.
-TEST_PACKAGES = qemu-system-x86 qemu-utils cpio procps
+TEST_PACKAGES = qemu-system-x86 qemu-utils cpio procps \
+	grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools
 
 CARGO ?= cargo
 # A guest's memory and processors for `make run`.

@@ -16,8 +16,8 @@ use crate::native::features::{Host, Leaf};
 use crate::state::cr;
 use accel::Cpuid;
 
-/// Physical address bits.
-pub const PHYS_BITS: u32 = 46;
+/// Physical address bits. As many as most systems need: UEFI maps all of the space that they make.
+pub const PHYS_BITS: u32 = 40;
 /// Linear address bits.
 pub const LINEAR_BITS: u32 = 48;
 

@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn nobody_answers() {
         let mut s = SmBus::new();
-        let mut get = |s: &mut SmBus, at| {
+        let get = |s: &mut SmBus, at| {
             let mut b = [0];
             s.read(RegionId(0), at, &mut b);
             b[0]

@@ -448,7 +448,7 @@ mod tests {
         assert!(resolve(&request("x86-64-v2,+avx512f,enforce=off"), &supported).is_ok());
         assert!(error("host,-avx,+avx2").contains("avx2 needs avx"));
         assert!(error("host,pmu=on").contains("performance"));
-        assert!(error("host,phys-bits=60").contains("32 to 46"));
+        assert!(error("host,phys-bits=60").contains("32 to 40"));
         assert!(error("host,vendor=me").contains("12 characters"));
         assert!(resolve(&request("EPYC"), &supported).is_ok_and(|r| {
             let names: Vec<_> = r.missing.iter().map(|f| f.name).collect();
