@@ -258,10 +258,9 @@ impl Sink for Shared {
             } else if moved && self.kind == Kind::Tablet {
                 let report = reports.report(self.kind);
                 let buttons = |r: &[u8]| r.first().copied();
-                let same = reports
-                    .pending
-                    .back()
-                    .is_some_and(|last| buttons(last) == buttons(&report) && last[5..] == [0, 0]);
+                let same = reports.pending.back().is_some_and(|last| {
+                    buttons(last) == buttons(&report) && last.get(5..) == Some(&[0, 0][..])
+                });
                 if same {
                     reports.pending.pop_back();
                 }

@@ -173,12 +173,12 @@ impl Core {
         }
         // A full ring loses events rather than overtaking the driver (it has sized it).
         let next = (i.index + 1) % length;
-        if base + 16 * u64::from(next) == i.dequeue & !0xf {
+        if base.wrapping_add(16 * u64::from(next)) == i.dequeue & !0xf {
             tracing::debug!("xHCI: event ring {n} is full");
             return;
         }
         trb.control = trb.control & !Trb::CYCLE | u32::from(i.cycle);
-        trb.store(&memory, base + 16 * u64::from(i.index));
+        trb.store(&memory, base.wrapping_add(16 * u64::from(i.index)));
         i.index = next;
         i.cycle ^= next == 0;
         self.raise(n);

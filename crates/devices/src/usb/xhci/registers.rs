@@ -218,7 +218,7 @@ impl Core {
                 i.dequeue = high(i.dequeue, value);
                 // Events that came meanwhile interrupt again.
                 let (base, _) = i.segment;
-                let empty = i.dequeue & !0xf == base + 16 * u64::from(i.index);
+                let empty = i.dequeue & !0xf == base.wrapping_add(16 * u64::from(i.index));
                 if i.dequeue & 8 == 0 && !empty && self.s.command & CMD_RUN != 0 {
                     self.interrupt_again(n);
                 }
