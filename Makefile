@@ -6,7 +6,7 @@ BUILD_PACKAGES = gcc libc6-dev
 RUN_PACKAGES = seabios ovmf mmdebstrap openssh-client
 # The lab host's emulator, the other implementation the disk formats are compared with, a reader for our archives.
 TEST_PACKAGES = qemu-system-x86 qemu-utils cpio procps \
-	grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools
+	grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools gdb python3-venv
 
 CARGO ?= cargo
 # A guest's memory and processors for `make run`.

@@ -343,6 +343,11 @@ fn guest_or_skip() -> &'static str {
 
 /// An ELF64 kernel whose only instructions are `hlt; jmp` to it, loaded at 1 MiB.
 fn tiny_kernel() -> Vec<u8> {
+    kernel_with(&[0xf4, 0xeb, 0xfd])
+}
+
+/// An ELF64 kernel with this code at 1 MiB, where it is entered.
+fn kernel_with(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0; 0x1000];
     elf[..16].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     elf[16..20].copy_from_slice(&[2, 0, 62, 0]);
@@ -358,7 +363,7 @@ fn tiny_kernel() -> Vec<u8> {
     header[24..32].copy_from_slice(&0x10_0000u64.to_le_bytes());
     header[32..40].copy_from_slice(&0x100u64.to_le_bytes());
     header[40..48].copy_from_slice(&0x100u64.to_le_bytes());
-    elf[0x200..0x203].copy_from_slice(&[0xf4, 0xeb, 0xfd]);
+    elf[0x200..0x200 + code.len()].copy_from_slice(code);
     elf
 }
 
@@ -541,7 +546,7 @@ async def main():
         try:
             await c.execute('nope')
         except ExecuteError as e:
-            print(e.error.class_)
+            print(e.error.error.class_)
         await c.execute('quit')
         print((await listener.get())['data']['reason'])
     await c.disconnect()
@@ -550,7 +555,7 @@ asyncio.run(main())
     let monitor = format!("unix:{},server=on,wait=off", second.display());
     std::fs::create_dir_all(second.parent().unwrap()).unwrap();
     let mut child =
-        qemu(&["-nodefaults", "-machine", "none", "-accel", "tcg", "-qmp", &monitor]).spawn().unwrap();
+        qemu(&["-S", "-nodefaults", "-machine", "none", "-accel", "tcg", "-qmp", &monitor]).spawn().unwrap();
     let until = Instant::now() + Duration::from_secs(30);
     while !second.exists() {
         assert!(Instant::now() < until);
@@ -601,4 +606,43 @@ fn nographic() {
     run.send(b"\x01c");
     run.send(b"quit\r");
     assert_eq!(run.finish().status, Some(0));
+}
+
+/// Real gdb: registers, memory, software and hardware breakpoints, watchpoints, steps.
+#[test]
+fn gdb() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    // mov ecx, 7; nop; inc eax; mov [0x200000], eax; jmp to the inc
+    let code = [0xb9, 7, 0, 0, 0, 0x90, 0xff, 0xc0, 0x89, 0x04, 0x25, 0, 0, 0x20, 0, 0xeb, 0xf5];
+    std::fs::write(&kernel, kernel_with(&code)).unwrap();
+    let socket = dir.path().join("gdb");
+    let target = format!("unix:{},server=on,wait=off", socket.display());
+    let m = Machine::ready(&[
+        "-machine",
+        "q35",
+        "-S",
+        "-m",
+        "64",
+        "-kernel",
+        kernel.to_str().unwrap(),
+        "-gdb",
+        &target,
+    ]);
+    let script = format!(
+        "set pagination off\nset confirm off\nset architecture i386:x86-64\ntarget remote {}\nprintf \"start %lx\\n\", $rip\nx/2xb 0x100000\nstepi\nprintf \"step %lx %d\\n\", $rip, $ecx\nbreak *0x100006\ncontinue\nprintf \"soft %lx\\n\", $rip\ndelete\nhbreak *0x100008\ncontinue\nprintf \"hard %lx %d\\n\", $rip, $eax\ndelete\nset $eax=41\nwatch *(int*)0x200000\ncontinue\nprintf \"watch %d\\n\", *(int*)0x200000\ndelete\ninfo threads\ndetach\nquit\n",
+        socket.display()
+    );
+    let file = dir.path().join("script");
+    std::fs::write(&file, script).unwrap();
+    let out =
+        Command::new("gdb").args(["-nx", "-batch", "-x"]).arg(&file).stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    let errors = String::from_utf8_lossy(&out.stderr);
+    for line in
+        ["start 100000", "0xb9\t0x07", "step 100005 7", "soft 100006", "hard 100008 1", "watch 41", "CPU#0"]
+    {
+        assert!(text.contains(line), "no '{line}':\n{text}\n{errors}");
+    }
+    drop(m);
 }

@@ -13,7 +13,10 @@ use serde_json::Value;
 pub fn shorthand(text: &str) -> Result<Bag> {
     let bad = |why: &str| Error::Config(format!("character device '{text}': {why}"));
     if let Some(rest) = text.strip_prefix("mon:") {
-        return Ok(shorthand(rest)?.with("mux", true));
+        let bag = shorthand(rest)?.with("mux", true);
+        // Ctrl-C is the guest's, since Ctrl-A x ends the program.
+        let signal = bag.driver == "stdio" && !bag.props.contains_key("signal");
+        return Ok(if signal { bag.with("signal", false) } else { bag });
     }
     let (kind, rest) = text.split_once(':').unwrap_or((text, ""));
     let mut bag = match kind {
@@ -102,7 +105,7 @@ mod tests {
         assert_eq!(show("tcp::4444,server=on"), "socket port=4444 server=on");
         assert_eq!(show("telnet:localhost:1,server"), "socket host=localhost port=1 server=on telnet=true");
         assert_eq!(show("file:a,b"), "file path=a,b");
-        assert_eq!(show("mon:stdio"), "stdio mux=true");
+        assert_eq!(show("mon:stdio"), "stdio mux=true signal=false");
         assert_eq!(show("stdio,signal=off"), "stdio signal=off");
         for (text, word) in
             [("tcp:80", "HOST:PORT"), ("vc:80x24", "virtual consoles"), ("stdoi", "stdio"), ("udp::1", "UDP")]

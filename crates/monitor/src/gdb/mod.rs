@@ -195,9 +195,20 @@ impl Session {
         if let Err(e) = self.apply() {
             tracing::warn!("breakpoints cannot be removed: {e}");
         }
-        let resumed = self.remote.call(|m| match m.state() {
-            RunState::Debug | RunState::Paused => m.resume(),
-            _ => Ok(()),
+        let resumed = self.remote.call(|m| {
+            // What a debugger that died left in the guest's memory.
+            let left = std::mem::take(m.saved_bytes());
+            if !left.is_empty() {
+                let cpu = m.registers(0)?;
+                for (address, byte) in left {
+                    // A page that is gone needs no repair.
+                    let _ = m.linear(&cpu, address, Access::Write(&[byte]));
+                }
+            }
+            match m.state() {
+                RunState::Debug | RunState::Paused => m.resume(),
+                _ => Ok(()),
+            }
         });
         if let Ok(Err(e)) = resumed {
             tracing::warn!("the guest cannot go on after its debugger left: {e}");
