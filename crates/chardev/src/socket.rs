@@ -19,7 +19,7 @@ use std::time::Duration;
 
 mod telnet;
 
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Spec {
     /// Path of a Unix socket.
@@ -46,25 +46,6 @@ struct Spec {
     ipv4: Option<bool>,
     /// Use IPv6.
     ipv6: Option<bool>,
-}
-
-impl Default for Spec {
-    fn default() -> Self {
-        Self {
-            path: None,
-            host: None,
-            port: None,
-            to: None,
-            fd: None,
-            server: false,
-            wait: None,
-            telnet: false,
-            reconnect: 0,
-            nodelay: false,
-            ipv4: None,
-            ipv6: None,
-        }
-    }
 }
 
 pub(crate) const KIND: Kind = Kind {

@@ -10,7 +10,7 @@ const PATIENCE: i64 = 20;
 /// Writes bytes to a non-blocking descriptor. With `wait` until all is taken or the other end goes; otherwise what it
 /// does not take in a moment is dropped. Returns false if the other end has gone.
 pub(crate) fn write(fd: BorrowedFd<'_>, mut data: &[u8], wait: bool) -> bool {
-    let timeout = (!wait).then(|| rustix::time::Timespec { tv_sec: 0, tv_nsec: PATIENCE * 1_000_000 });
+    let timeout = (!wait).then_some(rustix::time::Timespec { tv_sec: 0, tv_nsec: PATIENCE * 1_000_000 });
     while !data.is_empty() {
         match rustix::io::write(fd, data) {
             Ok(0) => return false,
