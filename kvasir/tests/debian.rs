@@ -42,8 +42,20 @@ fn ssh(command: &str, remote: &str) -> String {
 fn debian(name: &str, firmware: &str) {
     let home = tempfile::tempdir().unwrap();
     let create = [
-        "create", name, "--from", "debian:12", "--firmware", firmware, "--user", "ann", "--password", "se'cret",
-        "--disk-size", "11G", "--cpus", "1",
+        "create",
+        name,
+        "--from",
+        "debian:12",
+        "--firmware",
+        firmware,
+        "--user",
+        "ann",
+        "--password",
+        "se'cret",
+        "--disk-size",
+        "11G",
+        "--cpus",
+        "1",
     ];
     let said = done(&create, home.path());
     let login = said.lines().find_map(|l| l.split_once("once it runs: ")).unwrap().1.to_owned();
@@ -60,7 +72,10 @@ fn debian(name: &str, firmware: &str) {
     run.send(b"se'cret\n");
     run.wait_for("ann@");
 
-    let facts = ssh(&login, "hostname; id -un; sudo id -un; df --output=size -BG / | tail -n 1; systemctl is-system-running; ls -d /sys/firmware/efi 2>/dev/null; true");
+    let facts = ssh(
+        &login,
+        "hostname; id -un; sudo id -un; df --output=size -BG / | tail -n 1; systemctl is-system-running; ls -d /sys/firmware/efi 2>/dev/null; true",
+    );
     let facts: Vec<_> = facts.lines().map(str::trim).collect();
     assert_eq!(facts[..3], [name, "ann", "root"], "{facts:?}");
     let gib: u32 = facts[3].trim_end_matches('G').parse().unwrap();

@@ -179,7 +179,8 @@ impl Input {
 
     /// Whether the guest takes positions rather than movements.
     pub fn is_absolute(&self) -> bool {
-        self.pick(&[Kind::Mouse, Kind::Tablet]).is_some_and(|(kind, _)| kind == Kind::Tablet)
+        self.pick(&[Kind::Mouse, Kind::Tablet])
+            .is_some_and(|(kind, sink)| kind == Kind::Tablet && sink.is_ready())
     }
 
     /// Passes what happened, all at one time, to the guest.
