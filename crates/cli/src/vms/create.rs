@@ -46,7 +46,7 @@ pub(crate) struct Args {
     /// User of the guest (default: 'debian' for Debian, else 'user')
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
-    /// Password of the user, for the console; without one, only SSH keys let the user in
+    /// Password of the user, for the console (default: one is made if no key is given, and shown)
     #[arg(long, value_name = "TEXT")]
     password: Option<String>,
     /// Public SSH key of the user, as text or FILE; without one, a pair is made
@@ -157,11 +157,17 @@ pub(super) fn make(args: &Args) -> Result<Vm, Failure> {
     check(args, is_debian)?;
     let wanted =
         args.disk_size.as_deref().map(|s| memory::parse_size(s, 'B')).transpose().map_err(Failure::usage)?;
+    // Without a word from the user the console lets nobody in that did not see this.
+    let made = if is_debian && args.password.is_none() && args.ssh_key.is_empty() {
+        Some(password()?)
+    } else {
+        None
+    };
     let mut seed = Seed {
         instance_id: format!("{}-{}", args.name, instance()),
         hostname: args.hostname.clone().unwrap_or_else(|| args.name.replace(['_', '.'], "-")),
         user: args.user.clone().unwrap_or_else(|| if is_debian { "debian" } else { "user" }.into()),
-        password: args.password.clone(),
+        password: args.password.clone().or_else(|| made.clone()),
         ssh_keys: Vec::new(),
         user_data: args
             .user_data
@@ -204,7 +210,7 @@ pub(super) fn make(args: &Args) -> Result<Vm, Failure> {
             seed.ssh_keys = keys.public;
             seed.write(&dir.join("seed.img"))?;
             description.seed = Some("seed.img".into());
-            description.ssh = Some(Ssh { port, user: seed.user.clone(), key: keys.private });
+            description.ssh = Some(Ssh { port, user: seed.user.clone(), key: keys.private, password: made });
         }
         Ok(description)
     })
@@ -315,6 +321,15 @@ fn make_disk(path: &Path, base: Option<&Path>, wanted: Option<u64>) -> Result<()
         image.close().map_err(fail)?;
     }
     Ok(())
+}
+
+/// A password that can be read out and typed: 12 of 32 characters, 60 bits.
+fn password() -> Result<String, Failure> {
+    const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut bytes = [0; 12];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Failure { status: status::HOST, message: format!("no random numbers: {e}") })?;
+    Ok(bytes.iter().map(|b| char::from(LETTERS[usize::from(b % 32)])).collect())
 }
 
 /// A number that tells this VM from an earlier one of the same name.

@@ -51,9 +51,7 @@ fn start(vm: &Vm, more: &[OsString]) -> Result<u8, Failure> {
     let run = Run::try_parse_from(own.chain(more.iter().cloned())).map_err(|e| {
         Failure::usage(format!("'{}': {}", vm.name, e.to_string().trim_start_matches("error: ")))
     })?;
-    if let Some(command) = vm.ssh_command() {
-        eprintln!("kvasir: to log in: {command}");
-    }
+    vm.say_how_to_log_in();
     run::main(&run.args)
 }
 
@@ -117,7 +115,7 @@ mod tests {
                 disk: Some("disk.qcow2".into()),
                 seed: Some("seed.img".into()),
                 cdrom: Some("/iso/x.iso".into()),
-                ssh: Some(Ssh { port: 2222, user: "ann".into(), key: Some("id".into()) }),
+                ssh: Some(Ssh { port: 2222, user: "ann".into(), key: Some("id".into()), password: None }),
                 arguments: vec!["--no-reboot".into()],
             },
         };

@@ -4,6 +4,8 @@ use crate::Failure;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Name of the description inside a VM's directory.
@@ -21,6 +23,9 @@ pub(super) struct Ssh {
     pub(super) user: String,
     /// Private key, if we made one; a path in the VM's directory.
     pub(super) key: Option<PathBuf>,
+    /// Password for the console, if we made one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) password: Option<String>,
 }
 
 /// What a VM is.
@@ -181,7 +186,9 @@ impl Store {
         let description = fill(unfinished.path())?;
         let text = serde_json::to_string_pretty(&description).map_err(Failure::usage)?;
         let path = unfinished.path().join(DESCRIPTION);
-        fs::write(&path, text + "\n").map_err(host(path.display()))?;
+        // It may hold a password.
+        let file = File::options().create(true).write(true).truncate(true).mode(0o600).open(&path);
+        file.and_then(|mut f| f.write_all((text + "\n").as_bytes())).map_err(host(path.display()))?;
         // Fails where another process has made one of the same name meanwhile.
         rustix::fs::renameat_with(
             rustix::fs::CWD,
@@ -235,6 +242,16 @@ impl Vm {
         fs::remove_dir_all(&hidden).map_err(host(hidden.display()))
     }
 
+    /// Tells the user how to log in, on standard error.
+    pub(super) fn say_how_to_log_in(&self) {
+        if let Some(command) = self.ssh_command() {
+            eprintln!("kvasir: to log in: {command}");
+        }
+        if let Some(Ssh { user, password: Some(password), .. }) = &self.description.ssh {
+            eprintln!("kvasir: on the console: user {user}, password {password}");
+        }
+    }
+
     /// The command that logs in.
     pub(super) fn ssh_command(&self) -> Option<String> {
         let ssh = self.description.ssh.as_ref()?;
@@ -262,7 +279,7 @@ mod tests {
             disk: Some("disk.qcow2".into()),
             seed: None,
             cdrom: None,
-            ssh: Some(Ssh { port: 2222, user: "ann".into(), key: None }),
+            ssh: Some(Ssh { port: 2222, user: "ann".into(), key: None, password: None }),
             arguments: Vec::new(),
         }
     }
