@@ -32,7 +32,7 @@ impl PciView {
         let open: Vec<(u64, u64)> = parts.into_iter().filter(|(a, b)| a < b).collect();
         let open = match open[..] {
             [(a, b)] => {
-                let middle = a + (b - a) / 2 & !0xffff;
+                let middle = (a + (b - a) / 2) & !0xffff;
                 vec![(a, middle), (middle, b)]
             }
             _ => open,
