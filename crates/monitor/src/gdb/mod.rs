@@ -267,7 +267,7 @@ impl Session {
                 let alive = packet::number(&line).is_some_and(|n| n >= 1 && n <= u64::from(count));
                 if alive { ok() } else { error() }
             }
-            b'g' => self.with_state(|cpu| registers::all(cpu)).map(|d| hex(&d)).or_else(error),
+            b'g' => self.with_state(registers::all).map(|d| hex(&d)).or_else(error),
             b'G' => self.write_registers(rest).map_or_else(error, |()| ok()),
             b'p' => {
                 let n = packet::number(&line)?;

@@ -113,7 +113,7 @@ pub(super) fn hex(data: &[u8]) -> Vec<u8> {
 }
 
 pub(super) fn unhex(text: &[u8]) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 {
+    if !text.len().is_multiple_of(2) {
         return None;
     }
     let digit = |b: u8| (b as char).to_digit(16);

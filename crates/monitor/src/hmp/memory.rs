@@ -76,7 +76,7 @@ struct Form {
 /// Most items of a dump.
 const MOST: u32 = 1 << 16;
 
-fn form<'t>(args: &'t str, default: char, default_size: u32) -> Result<(Form, &'t str)> {
+fn form(args: &str, default: char, default_size: u32) -> Result<(Form, &str)> {
     let mut f = Form { count: 1, format: default, size: default_size };
     let Some(rest) = args.strip_prefix('/') else { return Ok((f, args)) };
     let (spec, rest) = word(rest);

@@ -69,8 +69,8 @@ pub(super) fn dump(index: u32, cpu: &CpuState) -> String {
         for (i, (n, name)) in order.iter().enumerate() {
             let _ = write!(out, "{name}={:016x}{}", r[*n], if i % 4 == 3 { '\n' } else { ' ' });
         }
-        for n in 8..16 {
-            let _ = write!(out, "R{n:<2}={:016x}{}", r[n], if n % 4 == 3 { '\n' } else { ' ' });
+        for (n, value) in r.iter().enumerate().skip(8) {
+            let _ = write!(out, "R{n:<2}={value:016x}{}", if n % 4 == 3 { '\n' } else { ' ' });
         }
         writeln!(out, "RIP={:016x} RFL={:08x} {state}", cpu.rip, cpu.rflags)
     } else {

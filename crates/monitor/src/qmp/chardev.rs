@@ -239,7 +239,7 @@ fn base64(data: &[u8]) -> String {
 
 fn from_base64(text: &str) -> Option<Vec<u8>> {
     let text = text.trim_end();
-    if text.len() % 4 != 0 {
+    if !text.len().is_multiple_of(4) {
         return None;
     }
     let mut out = Vec::new();
