@@ -1,21 +1,28 @@
 //! What every chipset device has to stand: any access at any time, saving and loading, reset and pause twice.
 
 use super::clock::Clock;
+use super::i6300esb::I6300Esb;
+use super::testing::Slots;
 use super::*;
 use crate::chipset::output::Recorder;
 use accel::{CpuSignals, Signal};
 use base::Timers;
-use bus::{Device, IrqPin, RegionId, System};
+use bus::pci::{Ecam, PciBus, PciFunction};
+use bus::{Bus, Device, IrqPin, RegionId, System, shared};
+use memory::{Backing, GuestMemory, Layout, Region};
 use proptest::prelude::*;
 use std::sync::Arc;
 
 /// A region of a device: its number and length.
-type Region = (RegionId, u64);
+type Place = (RegionId, u64);
 
 struct Subject {
     device: Box<dyn Device>,
-    regions: Vec<Region>,
+    regions: Vec<Place>,
 }
+
+/// Length of the flash chip under test.
+const FLASH: u64 = 0x4000;
 
 /// What the devices of a test are connected to.
 struct Machine {
@@ -40,7 +47,7 @@ impl Machine {
     /// One of each device.
     fn subjects(&self) -> Vec<Subject> {
         let subject =
-            |device: Box<dyn Device>, regions: &[Region]| Subject { device, regions: regions.to_vec() };
+            |device: Box<dyn Device>, regions: &[Place]| Subject { device, regions: regions.to_vec() };
         let system = System::new(|_| {});
         let chardev = Arc::new(Recorder::default());
         let [pit_line, rtc_line] = [0, 8].map(|gsi| LegacyLine::new(self.pin(gsi).line()));
@@ -76,11 +83,36 @@ impl Machine {
             ),
             subject(Box::new(DebugCon::new(chardev, &self.timers, 0xe9)), &[(RegionId(0), 1)]),
             subject(Box::new(DebugExit::new(system.clone())), &[(RegionId(0), 4)]),
+            subject(Box::new(self.fw_cfg()), &[(RegionId(0), FwCfg::PORTS.into())]),
+            subject(Box::new(self.flash()), &[(RegionId(0), FLASH), (RegionId(0), 16)]),
+            subject(
+                Box::new(ChipsetRegisters::new(NoReboot::default())),
+                &[(RegionId(0), 0x4000), (RegionId(0), 0x3800)],
+            ),
+            subject(Box::new(SmBus::new()), &[(RegionId(0), SmBus::PORTS)]),
+            subject(Box::new(I6300Esb::new(&self.clock, system.clone())), &[(RegionId(0), 16)]),
             subject(
                 Box::new(SystemPorts::new(system)),
                 &[(SystemPorts::POST, 1), (SystemPorts::CONTROL, 1), (SystemPorts::DELAY, 1)],
             ),
         ]
+    }
+
+    /// Items by number and by name, one of which the guest may write.
+    fn fw_cfg(&self) -> FwCfg {
+        let memory = GuestMemory::new(&Layout::pc(1 << 20, 1 << 30).unwrap(), &Backing::Anonymous, false);
+        let memory = memory.unwrap();
+        // Descriptors of transfers, where the fuzz is likely to point.
+        memory.fill(0, 0x1000, 0x12).unwrap();
+        let mut items = FwCfgItems::new();
+        items.add("opt/a", vec![1; 100]).unwrap();
+        items.add_writable("opt/w", vec![0; 16]).unwrap();
+        FwCfg::new(items, memory)
+    }
+
+    fn flash(&self) -> Flash {
+        let region = Region::new(0xffc0_0000, FLASH, &Backing::Anonymous, false).unwrap();
+        Flash::new(Arc::new(Slots::default()), region, None, false).unwrap()
     }
 
     /// The vCPU takes what there is for it.
@@ -163,11 +195,11 @@ proptest! {
     #[test]
     fn any_access_is_survived_and_saved(
         steps in prop::collection::vec(step(), 1..120),
-        which in 0..10usize,
+        which in 0..15usize,
     ) {
         let machine = Machine::new();
         let mut subjects = machine.subjects();
-        prop_assert_eq!(subjects.len(), 10);
+        prop_assert_eq!(subjects.len(), 15);
         let subject = &mut subjects[which];
         subject.device.start().unwrap();
         for s in &steps {
@@ -242,5 +274,52 @@ fn reset_twice_is_reset_once() {
         let mut state = s.device.save().unwrap();
         state.version += 1;
         assert!(s.device.load(state).is_err(), "{}: a version of the future", s.device.name());
+    }
+}
+
+/// The chipset's functions, whose registers place other devices.
+fn functions(bus: &Arc<Bus>) -> Vec<Box<dyn PciFunction>> {
+    let pci = PciBus::root(bus.clone(), vec![]);
+    let machine = Machine::new();
+    let system = System::new(|_| {});
+    let isa = || (0..16).map(|gsi| machine.pin(gsi)).collect();
+    let pm = shared(AcpiPm::new(&machine.clock, machine.pin(9).line(), system.clone()));
+    let chipset = shared(ChipsetRegisters::new(NoReboot::default()));
+    let pirqs = PirqRouter::new(16, 8, Some(machine.irqchip.clone()), isa());
+    let ecam = shared(Ecam::new(pci.clone(), 256));
+    vec![
+        Box::new(MemoryController::q35(bus, &ecam, None, None)),
+        Box::new(MemoryController::i440fx(None)),
+        Box::new(Lpc::new(bus, pirqs, &pm, &chipset, None)),
+        Box::new(Ich9SmBus::new()),
+        Box::new(Piix3::new(PirqRouter::new(0, 4, None, isa()), None)),
+        Box::new(Piix4Pm::new(bus, &pm, &shared(SmBus::new()), None)),
+        Box::new(I6300Esb::new(&machine.clock, system)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn chipset_functions_survive_any_configuration(
+        writes in prop::collection::vec((0u16..0x100, prop::collection::vec(any::<u8>(), 1..5)), 1..60),
+        which in 0..7usize,
+    ) {
+        let bus = Arc::new(Bus::new());
+        let function = &mut functions(&bus)[which];
+        let fresh = function.save().unwrap();
+        for (offset, data) in &writes {
+            function.write_config(*offset, data);
+            function.read_config(*offset, &mut data.clone());
+        }
+        let state = function.save().unwrap();
+        let other = Arc::new(Bus::new());
+        let twin = &mut functions(&other)[which];
+        twin.load(state.clone()).unwrap();
+        prop_assert_eq!(twin.save().unwrap(), state);
+        prop_assert_eq!(format!("{:?}", other), format!("{:?}", bus), "everything is in the same place");
+        function.reset();
+        function.reset();
+        prop_assert_eq!(function.save().unwrap(), fresh);
+        prop_assert_eq!(format!("{:?}", bus), "{}");
     }
 }
