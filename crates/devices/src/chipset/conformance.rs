@@ -89,7 +89,7 @@ impl Machine {
                 Box::new(ChipsetRegisters::new(NoReboot::default())),
                 &[(RegionId(0), 0x4000), (RegionId(0), 0x3800)],
             ),
-            subject(Box::new(SmBus::new()), &[(RegionId(0), SmBus::PORTS)]),
+            subject(Box::<SmBus>::default(), &[(RegionId(0), SmBus::PORTS)]),
             subject(Box::new(I6300Esb::new(&self.clock, system.clone())), &[(RegionId(0), 16)]),
             subject(
                 Box::new(SystemPorts::new(system)),

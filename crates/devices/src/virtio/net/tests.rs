@@ -150,7 +150,7 @@ fn frames_come_back_in_as_many_buffers_as_they_need() {
 fn frames_wait_for_buffers() {
     let (device, _, _) = card(|_| (), 1);
     let mut guest = Guest::new(device, Transport::Pci, true);
-    guest.bring_up(u64::MAX & !(1 << 34), 3);
+    guest.bring_up(!(1 << 34), 3);
     send(&mut guest, 1, &frame(200));
     assert!(guest.rings[0].poll().is_none());
     guest.submit(0, &[(RX, 2048, true)]).unwrap();
@@ -161,7 +161,7 @@ fn frames_wait_for_buffers() {
 fn the_driver_chooses_what_it_gets() {
     let (device, _, _) = card(|_| (), 1);
     let mut guest = Guest::new(device, Transport::Pci, true);
-    guest.bring_up(u64::MAX & !(1 << 34), 3);
+    guest.bring_up(!(1 << 34), 3);
     for i in 0..8 {
         guest.submit(0, &[(RX + i * 2048, 2048, true)]).unwrap();
     }
@@ -222,7 +222,7 @@ fn queue_pairs_are_used_when_the_driver_says_so() {
     let (device, _, told) = card(|_| (), 2);
     let mut guest = Guest::new(device, Transport::Pci, true);
     assert_eq!(guest.read_config::<2>(8), [2, 0]);
-    guest.bring_up(u64::MAX & !(1 << 34), 5);
+    guest.bring_up(!(1 << 34), 5);
     guest.submit(2, &[(RX, 2048, true)]).unwrap();
     let enabled = |told: &AllTold| told.iter().map(|t| t.lock().unwrap().enabled).collect::<Vec<_>>();
     assert_eq!(command(&mut guest, 4, &[4, 0, 3, 0]), 1);
@@ -241,7 +241,7 @@ fn queue_pairs_are_used_when_the_driver_says_so() {
 fn the_cable_can_be_pulled() {
     let (device, link, _) = card(|_| (), 1);
     let mut guest = Guest::new(device, Transport::Pci, true);
-    guest.bring_up(u64::MAX & !(1 << 34), 3);
+    guest.bring_up(!(1 << 34), 3);
     guest.submit(0, &[(RX, 2048, true)]).unwrap();
     assert_eq!(guest.read_config::<2>(6), [1, 0]);
     link.set(false);
@@ -258,7 +258,7 @@ fn the_cable_can_be_pulled() {
 fn a_card_that_moved_announces_itself() {
     let (device, _, _) = card(|_| (), 1);
     let mut guest = Guest::new(device, Transport::Pci, true);
-    guest.bring_up(u64::MAX & !(1 << 34), 3);
+    guest.bring_up(!(1 << 34), 3);
     assert_eq!(command(&mut guest, 2, &[1, 1, 2, 0, 0, 0, 0, 7]), 0);
     let mut guest = guest.migrate(card(|_| (), 1).0);
     assert_eq!(guest.read_config::<6>(0), [2, 0, 0, 0, 0, 7]);

@@ -291,7 +291,7 @@ fn picture(w: u32, h: u32, seed: u32, kind: u8) -> Frame {
                 0 => s & 0xff_ffff,
                 1 => [0, 0xff_ffff, 0xff_0000][s as usize % 3],
                 2 => {
-                    if (x as u32 / 7 + y / 9) % 5 == 0 {
+                    if (x as u32 / 7 + y / 9).is_multiple_of(5) {
                         0x12_3456
                     } else {
                         0xee_eeee
