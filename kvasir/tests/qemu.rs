@@ -271,7 +271,7 @@ fn protocol() {
 
 #[test]
 fn out_of_band() {
-    let mut m = Machine::start(&NONE);
+    let mut m = Machine::start(&["-machine", "none", "-S"]);
     m.run("qmp_capabilities", json!({ "enable": ["oob"] }));
     m.send("{\"exec-oob\":\"query-status\",\"id\":1}");
     assert!(m.answer()["error"]["desc"].as_str().unwrap().contains("does not support OOB"));

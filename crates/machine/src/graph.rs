@@ -71,9 +71,10 @@ impl Graph {
         if let Some(detect) = take(&mut p, "detect-zeroes") {
             out = out.with("detect-zeroes", detect);
         }
-        if let Some(cache) =
-            cache(p.remove("cache").or_else(|| storage.props.get("cache").cloned()), &storage.props)
-        {
+        let dotted = ["cache.direct", "cache.no-flush"];
+        let own: Props = dotted.iter().filter_map(|k| Some(((*k).to_owned(), p.remove(*k)?))).collect();
+        let below = || cache(storage.props.get("cache").cloned(), &storage.props);
+        if let Some(cache) = cache(p.remove("cache"), &own).or_else(below) {
             out = out.with("cache", cache);
         }
         // A backing chain is the image's own; null cuts it, which an image without one does not notice.

@@ -244,6 +244,7 @@ mod tests {
         let kept = FirmwareSpec { vars_template: Some(template), ..odd };
         let Some(Firmware::Flash { vars: Some(vars), .. }) = kept.open(false).unwrap() else { panic!() };
         assert_eq!((vars.contents, vars.store.is_some()), (fv, true));
+        drop(vars.store);
         assert!(dir.path().join("v").exists());
         assert!(kept.open(false).is_ok(), "the first one let go of it");
     }

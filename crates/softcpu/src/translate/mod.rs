@@ -78,8 +78,9 @@ pub struct State {
     dummy: Box<[u64; 520]>,
 }
 
-/// A page in the hole of non-canonical addresses.
-const NO_STACK: u64 = 1 << 63;
+/// A page in the hole of non-canonical addresses that no program comes upon: while no page is known, an access there
+/// reaches the dummy instead of faulting, so it must not be one that programs try, as 1 << 63 is.
+const NO_STACK: u64 = 0x9a3f_5c71_28e4_d000;
 
 impl State {
     /// The page that the stack is in may have lost its translation.
