@@ -54,10 +54,17 @@ fn a_guest_gets_an_address_downloads_and_is_reached() {
     ];
     let mut run = Run::start(kvasir(&args), Duration::from_secs(300));
     run.wait_for("NET-SERVING");
-    let mut client = TcpStream::connect(("127.0.0.1", forward)).unwrap();
-    client.write_all(b"over the bridge").unwrap();
+    // The guest says so just before it listens: until then connections are reset.
     let mut echo = [0; 15];
-    client.read_exact(&mut echo).unwrap();
+    let client = (0..100).find_map(|_| {
+        let mut client = TcpStream::connect(("127.0.0.1", forward)).unwrap();
+        let echoed = client.write_all(b"over the bridge").and_then(|()| client.read_exact(&mut echo));
+        if echoed.is_err() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        echoed.is_ok().then_some(client)
+    });
+    let client = client.expect("the guest answers");
     assert_eq!(&echo, b"over the bridge");
     client.shutdown(Shutdown::Both).unwrap();
     let end = run.finish();

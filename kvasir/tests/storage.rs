@@ -22,13 +22,18 @@ fn boot(test: &str, more: &[&str]) -> common::Finished {
     Run::start(command, LIMIT).finish()
 }
 
+/// The board that has the bus.
+fn machine(bus: &str) -> &'static str {
+    if bus == "ide" { "pc" } else { "q35" }
+}
+
 /// The guest writes 16 MiB of random bytes and tells their checksum; then it discards the first megabyte.
 fn disk(bus: &str, node: &str) {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(32 << 20).unwrap();
     let path = image.path().to_str().unwrap();
     let disk = format!("{path},format=raw,bus={bus},serial=KV-{bus}");
-    let end = boot(&format!("disk kvasir.disk={node}"), &["--disk", &disk]);
+    let end = boot(&format!("disk kvasir.disk={node}"), &["--machine", machine(bus), "--disk", &disk]);
     assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
     for line in ["DISK-RESULT ok", "DISK-SIZE 33554432", "DISK-UNALIGNED", "DISK-VERIFIED 16 MiB"] {
         assert!(end.stdout.contains(line), "{bus}: {line}\n{}", end.stdout);
@@ -67,7 +72,7 @@ fn cdrom(bus: &str) {
     let sum = String::from_utf8(sum).unwrap();
     let sum = sum.split_whitespace().next().unwrap();
     let cd = format!("{},format=raw,bus={bus}", image.path().to_str().unwrap());
-    let end = boot("cdrom", &["--cdrom", &cd]);
+    let end = boot("cdrom", &["--machine", machine(bus), "--cdrom", &cd]);
     assert_eq!(end.status, Some(0), "{}\n{}", end.stdout, end.stderr);
     for line in ["CDROM-SIZE 3145728", &format!("CDROM-MD5 {sum}"), "CDROM-RESULT ok"] {
         assert!(end.stdout.contains(line), "{bus}: {line}\n{}", end.stdout);
