@@ -6,6 +6,7 @@ mod common;
 use common::{Run, kvasir};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(900);
@@ -39,7 +40,11 @@ fn ssh(command: &str, remote: &str) -> String {
     }
 }
 
+/// One after the other: each has a directory of machines of its own, and so they would choose the same port.
+static TURN: Mutex<()> = Mutex::new(());
+
 fn debian(name: &str, firmware: &str) {
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
     let home = tempfile::tempdir().unwrap();
     let create = [
         "create",
