@@ -1,9 +1,10 @@
 //! The LPC bridge of the ICH9 (Intel ICH9 datasheet, 13.1): where power management and the chipset's own registers are,
 //! and which ISA interrupts PCI's go to.
 
+use super::function::chipset_function;
 use super::placed::Placed;
 use super::{AcpiPm, PirqRouter};
-use bus::pci::{Config, ConfigSaved, Identity, PciFunction};
+use bus::pci::{Config, Identity};
 use bus::{Bus, Device, RegionId, Space, State, StateError};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, Weak};
@@ -126,47 +127,7 @@ impl Lpc {
     }
 }
 
-impl Device for Lpc {
-    fn name(&self) -> &str {
-        KIND
-    }
-
-    fn read(&mut self, _: RegionId, _: u64, _: &mut [u8]) {}
-
-    fn write(&mut self, _: RegionId, _: u64, _: &[u8]) {}
-
-    fn reset(&mut self) {
-        self.config.reset();
-        self.apply();
-    }
-
-    fn save(&self) -> Result<State, StateError> {
-        State::new(KIND, 1, &self.config.save())
-    }
-
-    fn load(&mut self, state: State) -> Result<(), StateError> {
-        self.config.load(state.unpack::<ConfigSaved>(KIND, 1)?)?;
-        self.apply();
-        Ok(())
-    }
-}
-
-impl PciFunction for Lpc {
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
-    fn config_mut(&mut self) -> &mut Config {
-        &mut self.config
-    }
-
-    fn write_config(&mut self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
-        if offset >= 0x40 {
-            self.apply();
-        }
-    }
-}
+chipset_function!(Lpc, KIND);
 
 /// The chipset configuration registers (10.1), 16 KiB of memory at RCBA. Software reads back what it wrote.
 pub struct ChipsetRegisters {

@@ -3,8 +3,9 @@
 //! memory-mapped configuration space.
 
 use super::Shadow;
-use bus::pci::{Config, ConfigSaved, Ecam, Identity, PciFunction};
-use bus::{Bus, Device, RegionId, Space, State, StateError};
+use super::function::chipset_function;
+use bus::pci::{Config, Ecam, Identity};
+use bus::{Bus, RegionId, Space};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -155,52 +156,12 @@ impl MemoryController {
     }
 }
 
-impl Device for MemoryController {
-    fn name(&self) -> &str {
-        KIND
-    }
-
-    fn read(&mut self, _: RegionId, _: u64, _: &mut [u8]) {}
-
-    fn write(&mut self, _: RegionId, _: u64, _: &[u8]) {}
-
-    fn reset(&mut self) {
-        self.config.reset();
-        self.apply();
-    }
-
-    fn save(&self) -> Result<State, StateError> {
-        State::new(KIND, 1, &self.config.save())
-    }
-
-    fn load(&mut self, state: State) -> Result<(), StateError> {
-        self.config.load(state.unpack::<ConfigSaved>(KIND, 1)?)?;
-        self.apply();
-        Ok(())
-    }
-}
-
-impl PciFunction for MemoryController {
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
-    fn config_mut(&mut self) -> &mut Config {
-        &mut self.config
-    }
-
-    fn write_config(&mut self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
-        // Only the chipset's own registers matter here.
-        if offset >= 0x40 {
-            self.apply();
-        }
-    }
-}
+chipset_function!(MemoryController, KIND);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bus::Device;
     use bus::pci::PciBus;
     use bus::shared;
 

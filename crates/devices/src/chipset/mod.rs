@@ -15,6 +15,7 @@ mod clock;
 mod conformance;
 pub mod debug_exit;
 pub mod debugcon;
+mod function;
 pub mod fw_cfg;
 mod hpet;
 pub mod i6300esb;

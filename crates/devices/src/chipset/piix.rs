@@ -1,10 +1,11 @@
 //! The PIIX3's ISA bridge and the PIIX4's power management, as the i440FX boards of virtual machines have them (Intel
 //! 82371SB datasheet, 2.2; Intel 82371AB datasheet, 7.1 and 7.2).
 
+use super::function::chipset_function;
 use super::placed::Placed;
 use super::{AcpiPm, PirqRouter, SmBus};
-use bus::pci::{Config, ConfigSaved, Identity, PciFunction};
-use bus::{Bus, Device, RegionId, Space, State, StateError};
+use bus::pci::{Config, Identity};
+use bus::{Bus, RegionId, Space};
 use std::sync::{Arc, Mutex, Weak};
 
 const ISA: &str = "piix3-isa";
@@ -115,51 +116,5 @@ impl Piix4Pm {
     }
 }
 
-macro_rules! function {
-    ($type:ty, $kind:expr) => {
-        impl Device for $type {
-            fn name(&self) -> &str {
-                $kind
-            }
-
-            fn read(&mut self, _: RegionId, _: u64, _: &mut [u8]) {}
-
-            fn write(&mut self, _: RegionId, _: u64, _: &[u8]) {}
-
-            fn reset(&mut self) {
-                self.config.reset();
-                self.apply();
-            }
-
-            fn save(&self) -> Result<State, StateError> {
-                State::new($kind, 1, &self.config.save())
-            }
-
-            fn load(&mut self, state: State) -> Result<(), StateError> {
-                self.config.load(state.unpack::<ConfigSaved>($kind, 1)?)?;
-                self.apply();
-                Ok(())
-            }
-        }
-
-        impl PciFunction for $type {
-            fn config(&self) -> &Config {
-                &self.config
-            }
-
-            fn config_mut(&mut self) -> &mut Config {
-                &mut self.config
-            }
-
-            fn write_config(&mut self, offset: u16, data: &[u8]) {
-                self.config.write(offset, data);
-                if offset >= 0x40 {
-                    self.apply();
-                }
-            }
-        }
-    };
-}
-
-function!(Piix3, ISA);
-function!(Piix4Pm, PM);
+chipset_function!(Piix3, ISA);
+chipset_function!(Piix4Pm, PM);
